@@ -1,0 +1,68 @@
+"""Every exception netsuke raises on purpose.
+
+```
+NetsukeError                 catch this one to catch all of them
+├── RequestError             the request is wrong, nothing was written            exit code 2
+│   ├── RecipeError          a key, a value, a selector or a combination; lists every problem
+│   ├── ModelError           the model folder cannot be read, or is not what it says it is
+│   ├── DataError            the calibration or evaluation text cannot be used
+│   └── OutputError          the output folder is in the way, or holds another run
+└── RunError                 it failed on the way; what was finished is kept      exit code 1
+    ├── NumericalError       a statistic or a result is not a finite number
+    ├── StorageError         the disk is full or refuses to write
+    └── VerificationError    the reloaded checkpoint does not compute what was computed
+```
+A message says what, where, the values, and the fix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class NetsukeError(Exception):
+    """The root of the tree; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class RequestError(NetsukeError):
+    """The request cannot be carried out as it stands; nothing was written."""
+
+    exit_code = 2
+
+
+class RecipeError(RequestError):
+    """One or more problems in a recipe or in how it meets the model, all reported at once."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ModelError(RequestError):
+    """The model folder is missing, incomplete or inconsistent."""
+
+
+class DataError(RequestError):
+    """The text cannot be found, read or used."""
+
+
+class OutputError(RequestError):
+    """The output folder exists already, or belongs to another run."""
+
+
+class RunError(NetsukeError):
+    """The run failed on the way; finished blocks are kept and `--resume` continues."""
+
+
+class NumericalError(RunError):
+    """A statistic, a weight or a result is NaN, infinite or empty."""
+
+
+class StorageError(RunError):
+    """Writing failed, most often because the disk is full."""
+
+
+class VerificationError(RunError):
+    """The checkpoint, reloaded from disk, does not compute what the run computed."""
