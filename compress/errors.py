@@ -17,7 +17,11 @@ A message says what, where, the values, and the fix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class NetsukeError(Exception):
@@ -66,3 +70,31 @@ class StorageError(RunError):
 
 class VerificationError(RunError):
     """The checkpoint, reloaded from disk, does not compute what the run computed."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write below `path` into a StorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES}:
+            raise
+        raise StorageError(
+            f"{path}: cannot write: {error.strerror}. Finished blocks are kept; "
+            "make room and run the same command with --resume"
+        ) from error
+
+
+@contextmanager
+def eval_package() -> Iterator[None]:
+    """Import from netsuke's `eval` inside this; a user's own eval.py that stands in its way is named."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        shadow = getattr(sys.modules.get("eval"), "__file__", None)
+        if not (error.name or "").startswith("eval") or shadow is None:
+            raise
+        raise RequestError(
+            f"{shadow}: shadows netsuke's package 'eval'. Rename it, or run `netsuke` from another folder"
+        ) from error

@@ -22,6 +22,8 @@ class Site:
     source: str | None = None
     """The norm or linear inside the block whose output, scaled per channel, is this input: where a
     function-preserving scale can be folded. None: nothing linear stands before it."""
+    requires: tuple[str, object] | None = None
+    """The config key and value under which the fold into `source` holds; None: it always does."""
     fused: bool = False
     """A serving engine runs these layers as one matrix, so they must be quantized alike."""
 
@@ -51,6 +53,8 @@ class Anatomy:
     """A norm multiplies by `norm_offset + weight` (1 in Gemma)."""
     transposed: bool = False
     """Linear weights are stored [in, out] (GPT-2's Conv1D)."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Modules whose tensors are stored under another name: stored name → module path (GPT-NeoX's head)."""
     conclusions: tuple[str, ...] = field(default=(), compare=False)
     """What the structural detector concluded, in sentences; empty for a known family."""
 

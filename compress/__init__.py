@@ -1,0 +1,66 @@
+"""netsuke: carve large transformer models small, and keep every detail.
+
+    import compress
+    report = compress.run("w4a16-gptq", model="path/or/id", output="out", calibration="data.jsonl")
+    model, tokenizer = compress.load("out")
+
+Names are imported when they are first used, so that `import compress` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AWQ": "compress.transform.awq",
+    "DataError": "compress.errors",
+    "GPTQ": "compress.quantize.gptq",
+    "Grid": "compress.core.scheme",
+    "ModelError": "compress.errors",
+    "NetsukeError": "compress.errors",
+    "OutputError": "compress.errors",
+    "Pipeline": "compress.pipeline",
+    "QuantizedTensor": "compress.core.qtensor",
+    "RTN": "compress.quantize.rtn",
+    "Recipe": "compress.recipe",
+    "RecipeError": "compress.errors",
+    "RequestError": "compress.errors",
+    "RunError": "compress.errors",
+    "generate": "compress.runtime.generate",
+    "load": "compress.runtime.load",
+    "prepare": "compress.pipeline",
+    "run": "compress.pipeline",
+}
+
+if TYPE_CHECKING:
+    from compress.core.qtensor import QuantizedTensor as QuantizedTensor
+    from compress.core.scheme import Grid as Grid
+    from compress.errors import DataError as DataError
+    from compress.errors import ModelError as ModelError
+    from compress.errors import NetsukeError as NetsukeError
+    from compress.errors import OutputError as OutputError
+    from compress.errors import RecipeError as RecipeError
+    from compress.errors import RequestError as RequestError
+    from compress.errors import RunError as RunError
+    from compress.pipeline import Pipeline as Pipeline
+    from compress.pipeline import prepare as prepare
+    from compress.pipeline import run as run
+    from compress.quantize.gptq import GPTQ as GPTQ
+    from compress.quantize.rtn import RTN as RTN
+    from compress.recipe import Recipe as Recipe
+    from compress.runtime.generate import generate as generate
+    from compress.runtime.load import load as load
+    from compress.transform.awq import AWQ as AWQ
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'compress' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOME, "__version__"])

@@ -1,0 +1,314 @@
+"""One transformer block on the bench: filled with weights, fed with the calibration set, changed layer by layer.
+
+`moments(site)` runs the calibration set through the block only as far as that site, with every layer that is already
+quantized in place: the true-sequential order of GPTQ. To make that cheap, the inputs of the last linear of a
+sublayer (attention's output projection, the MLP's down projection) are kept in a file while they are observed; once
+nothing before them changes any more, later passes start the sublayer from there instead of from its beginning, so
+attention over the calibration set is computed once per block. Whether a sublayer's output really is its last linear's
+output is checked on the first batch, not assumed; where it is not, the sublayer is simply run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from compress.calibrate.activations import Activations
+from compress.calibrate.capture import Arguments
+from compress.calibrate.observers import Moments, MomentsObserver
+from compress.core.qtensor import QuantizedTensor
+from compress.models.store import LazyModel
+
+BATCH_TOKENS = 4096
+"""Tokens that go through a block at once."""
+
+
+@dataclass(frozen=True)
+class BlockSite:
+    """A `Site` of this very block: full layer names."""
+
+    index: int
+    layers: tuple[str, ...]
+    roles: tuple[str, ...]
+    source: str | None
+
+
+@dataclass
+class _Kept:
+    """The stored inputs of a sublayer's last linear, and how the sublayer wraps that linear's output."""
+
+    inputs: Activations
+    wrap: Any = None
+    checked: bool = False
+
+
+class _Reached(Exception):  # noqa: N818  (not an error: the pass has come as far as it was sent)
+    pass
+
+
+class Block:
+    """A filled block, its calibration inputs, and what has become of its layers."""
+
+    def __init__(
+        self, model: LazyModel, index: int, inputs: Activations, arguments: Arguments, scratch: Path
+    ) -> None:
+        self.model = model
+        self.index = index
+        self.name = model.block_name(index)
+        self.module = model.blocks[index]
+        self.inputs = inputs
+        self.quantized: dict[str, QuantizedTensor] = {}
+        self.rewritten: dict[str, Tensor] = {}
+        """Full tensor name → new full-precision value, float32, of everything a transform changed."""
+        present = dict(self.module.named_modules())
+        self.sites = tuple(
+            BlockSite(
+                index,
+                tuple(f"{self.name}.{layer}" for layer in site.layers if layer in present),
+                tuple(role for layer, role in site.roles.items() if layer in present),
+                f"{self.name}.{site.source}" if site.source else None,
+            )
+            for index, site in enumerate(model.anatomy.sites)
+            if any(layer in present for layer in site.layers)
+        )
+        self._arguments = arguments
+        self._scratch = scratch
+        self._batch = max(1, BATCH_TOKENS // inputs.length)
+        self._moments: dict[int, Moments] = {}
+        self._kept: dict[int, _Kept] = {}
+
+    # ---- what a stage reads -----------------------------------------------------------------------------------
+
+    def weight(self, name: str) -> Float[Tensor, "out in"]:
+        """A layer's full-precision weight in float32, [out, in] whatever the module stores."""
+        tensor = f"{name}.weight"
+        if tensor in self.rewritten:
+            return self.rewritten[tensor].clone()
+        stored = self.model.weights.read(tensor).to(self.model.device, torch.float32)
+        return stored.t().contiguous() if self.model.anatomy.transposed else stored
+
+    def scale_dtype(self, name: str) -> torch.dtype:
+        """The dtype a layer's scales are stored in: that of its weight."""
+        return self.model.weights.dtype(f"{name}.weight")
+
+    def moments(self, site: BlockSite) -> Moments:
+        """Second moments of a site's input over the calibration set, all earlier changes in place."""
+        if site.index not in self._moments:
+            self._moments[site.index] = self._observe(site)
+        return self._moments[site.index]
+
+    # ---- what a stage changes ---------------------------------------------------------------------------------
+
+    def quantize(self, name: str, tensor: QuantizedTensor) -> None:
+        """Replace a layer's weight by a quantized one."""
+        self.quantized[name] = tensor
+        self._set_weight(name, tensor.dequantize(self.model.dtype))
+
+    def rewrite(self, name: str, weight: Float[Tensor, "out in"]) -> None:
+        """Replace a layer's weight by another full-precision one."""
+        self.rewritten[f"{name}.weight"] = weight
+        self._set_weight(name, weight.to(self.model.dtype))
+
+    def tie(self, site: BlockSite, scale: Float[Tensor, "in"]) -> Float[Tensor, "in"]:
+        """The nearest scale that the site's source can carry: under grouped-query attention several inputs of the
+        output projection come from one value channel and must share their scale (geometric mean)."""
+        repeats, head_dim = self._repeats(site, scale.numel())
+        if repeats == 1:
+            return scale
+        grouped = scale.log().view(-1, repeats, head_dim).mean(dim=1, keepdim=True).exp()
+        return grouped.expand(-1, repeats, -1).reshape(-1)
+
+    def fold(self, site: BlockSite, scale: Float[Tensor, "in"]) -> Float[Tensor, "in"]:
+        """Divide the output of the site's source by `scale`, and return the divisor that was really stored.
+
+        A norm's weight is rounded to its storage dtype, so the exact divisor differs a little from the one asked for.
+        """
+        if site.source is None:
+            raise ValueError(f"{site.layers[0]}: no source to fold a scale into")
+        self._forget(site.index)
+        source = self.model.module.get_submodule(site.source)
+        if getattr(source, "weight").dim() == 1:
+            return self._fold_norm(site.source, scale)
+        repeats, head_dim = self._repeats(site, scale.numel())
+        rows = scale.view(-1, repeats, head_dim)[:, 0].reshape(-1)
+        self.rewrite(site.source, self.weight(site.source) / rows.unsqueeze(1))
+        if getattr(source, "bias", None) is not None:
+            self._rewrite_vector(f"{site.source}.bias", self._vector(f"{site.source}.bias") / rows)
+        return scale
+
+    # ---- what the walk does -----------------------------------------------------------------------------------
+
+    def propagate(self, outputs: Activations) -> Activations:
+        """Run the calibration set through the finished block."""
+        for start in range(0, self.inputs.windows, self._batch):
+            outputs.append(self._run(start))
+        return outputs
+
+    def clear(self) -> None:
+        """Drop the scratch files."""
+        for kept in self._kept.values():
+            kept.inputs.remove()
+        self._kept.clear()
+        self._moments.clear()
+
+    def stored(self, name: str) -> Tensor:
+        """A rewritten tensor the way the checkpoint stores it."""
+        tensor = self.rewritten[name]
+        turned = self.model.anatomy.transposed and tensor.dim() == 2
+        return (tensor.t().contiguous() if turned else tensor).to(self.model.weights.dtype(name))
+
+    # ---- how ---------------------------------------------------------------------------------------------------
+
+    def _observe(self, site: BlockSite) -> Moments:
+        first = site.layers[0]
+        layer = self.model.module.get_submodule(first)
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            caught.append(args[0])
+            raise _Reached
+
+        keep = self._sublayer(site) is not None and site.index not in self._kept
+        width = self._width(first)
+        stored = Activations(
+            self._scratch / f"site-{site.index}", self.inputs.length, width, self.model.dtype
+        )
+        observer = MomentsObserver(width)
+        for start in range(0, self.inputs.windows, self._batch):
+            handle = layer.register_forward_pre_hook(catch)
+            try:
+                self._run(start)
+            except _Reached:
+                pass
+            finally:
+                handle.remove()
+            batch = caught.pop()
+            observer.update(batch)
+            if keep:
+                stored.append(batch)
+        if keep:
+            self._kept[site.index] = _Kept(stored)
+        return observer.result(self.inputs.windows * self.inputs.length, name=first)
+
+    @torch.inference_mode()
+    def _run(self, start: int) -> Tensor:
+        hidden = self.inputs.read(start, start + self._batch).to(self.model.device)
+        with ExitStack() as stack:
+            for site in self.sites:
+                if site.index in self._kept:
+                    stack.enter_context(self._resumed(site, start))
+            result = self.module(hidden, *self._arguments.args, **self._arguments.kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    @contextmanager
+    def _resumed(self, site: BlockSite, start: int) -> Iterator[None]:
+        """Within: the site's sublayer starts from its last linear's stored inputs."""
+        kept = self._kept[site.index]
+        path = self._sublayer(site)
+        assert path is not None
+        sublayer = self.model.module.get_submodule(path)
+        linear = self.model.module.get_submodule(site.layers[0])
+        if not kept.checked:
+            with self._examined(kept, sublayer, linear):
+                yield
+            return
+        if kept.wrap is None:
+            yield
+            return
+
+        def forward(*_: Any, **__: Any) -> Any:
+            return kept.wrap(linear(kept.inputs.read(start, start + self._batch).to(self.model.device)))
+
+        sublayer.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del sublayer.forward
+
+    @contextmanager
+    def _examined(self, kept: _Kept, sublayer: nn.Module, linear: nn.Module) -> Iterator[None]:
+        """Within: the sublayer runs in full, and is watched for how it wraps the last linear's output."""
+        seen: dict[str, Any] = {}
+        hooks = [
+            linear.register_forward_hook(lambda _m, _a, result: seen.update(linear=result)),
+            sublayer.register_forward_hook(lambda _m, _a, result: seen.update(sublayer=result)),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            if "sublayer" in seen:
+                kept.checked = True
+                kept.wrap = _wrapping(seen["sublayer"], seen["linear"])
+
+    def _sublayer(self, site: BlockSite) -> str | None:
+        """The module whose last act is this site's only layer, None where there is no such module."""
+        path = site.layers[0].rpartition(".")[0]
+        closes = len(site.layers) == 1 and site.roles[0] in {"attn.o", "mlp.down"}
+        return path if closes and path != self.name else None
+
+    def _forget(self, first: int) -> None:
+        """Drop what was observed at sites from index `first` on: something before them has changed."""
+        for index in [index for index in self._kept if index >= first]:
+            self._kept.pop(index).inputs.remove()
+        for index in [index for index in self._moments if index >= first]:
+            del self._moments[index]
+
+    def _set_weight(self, name: str, weight: Tensor) -> None:
+        site = next(site for site in self.sites if name in site.layers)
+        self._forget(site.index + 1)
+        stored = weight.t().contiguous() if self.model.anatomy.transposed else weight
+        self.model.set_parameter(f"{name}.weight", stored)
+
+    def _fold_norm(self, name: str, scale: Tensor) -> Tensor:
+        offset = self.model.anatomy.norm_offset
+        before = self._vector(f"{name}.weight")
+        dtype = self.model.weights.dtype(f"{name}.weight")
+        after = ((before + offset) / scale - offset).to(dtype).float()
+        self._rewrite_vector(f"{name}.weight", after)
+        stored = torch.where(after + offset != 0, (before + offset) / (after + offset), scale)
+        if f"{name}.bias" in self.model.weights:
+            self._rewrite_vector(f"{name}.bias", self._vector(f"{name}.bias") / stored)
+        return stored
+
+    def _vector(self, tensor: str) -> Tensor:
+        if tensor in self.rewritten:
+            return self.rewritten[tensor].clone()
+        return self.model.weights.read(tensor).to(self.model.device, torch.float32)
+
+    def _rewrite_vector(self, tensor: str, value: Tensor) -> None:
+        self.rewritten[tensor] = value
+        self.model.set_parameter(tensor, value.to(self.model.dtype))
+
+    def _width(self, name: str) -> int:
+        shape = self.model.module.get_submodule(name).weight.shape  # type: ignore[union-attr]
+        return shape[0] if self.model.anatomy.transposed else shape[1]  # type: ignore[index]
+
+    def _repeats(self, site: BlockSite, width: int) -> tuple[int, int]:
+        """How often each source channel appears among the site's inputs, and the run length it repeats in."""
+        source = self.model.module.get_submodule(site.source or "").weight  # type: ignore[union-attr]
+        channels = source.shape[-1 if self.model.anatomy.transposed else 0]  # type: ignore[union-attr,index]
+        if channels == width:
+            return 1, width
+        config = self.model.config
+        return width // channels, getattr(
+            config, "head_dim", None
+        ) or config.hidden_size // config.num_attention_heads
+
+
+def _wrapping(result: Any, output: Tensor) -> Any:
+    """How `result` is made of `output`: a function, or None where it is not simply that tensor."""
+    if isinstance(result, Tensor):
+        return (lambda tensor: tensor) if torch.equal(result, output) else None
+    if isinstance(result, tuple) and isinstance(result[0], Tensor) and torch.equal(result[0], output):
+        rest = (None,) * (len(result) - 1)
+        return lambda tensor: (tensor, *rest)
+    return None

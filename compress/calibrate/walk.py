@@ -1,0 +1,70 @@
+"""The walk: the only loop over blocks in the project.
+
+Fill a block, let each stage work on it, run the calibration set through what it has become, hand the result over,
+empty it, go on. Memory holds one block and one batch; everything else is in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from compress.calibrate.activations import Activations
+from compress.calibrate.block import BATCH_TOKENS, Block
+from compress.calibrate.capture import Arguments, embed
+from compress.models.store import LazyModel
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """What the first block is given."""
+
+    inputs: Activations
+    arguments: Sequence[Arguments]
+
+
+@torch.inference_mode()
+def enter(
+    model: LazyModel, tokens: Int[Tensor, "windows length"], path: Path, resumed: bool = False
+) -> Entrance:
+    """Embed the calibration windows into a file. When a run is resumed only the blocks' arguments are needed."""
+    before = [name for name in model.anatomy.before if name in dict(model.module.named_modules())]
+    with model.resident(before):
+        hidden, arguments = embed(model, tokens[:1])
+        inputs = Activations(path, tokens.shape[1], hidden.shape[-1], model.dtype)
+        batch = max(1, BATCH_TOKENS // tokens.shape[1])
+        for start in range(0, 0 if resumed else len(tokens), batch):
+            inputs.append(embed(model, tokens[start : start + batch])[0])
+    return Entrance(inputs, arguments)
+
+
+def walk(
+    model: LazyModel,
+    entrance: Entrance,
+    inputs: Activations,
+    scratch: Path,
+    work: Callable[[Block], None],
+    first: int = 0,
+) -> Iterator[tuple[Block, Activations]]:
+    """Work on the blocks from `first` on; yields each finished block with the inputs of the next one.
+
+    The caller stores what it is given before it asks for more: then every block is a point to resume from.
+    """
+    for index in range(first, len(model.blocks)):
+        name = model.block_name(index)
+        model.materialise(name)
+        block = Block(model, index, inputs, entrance.arguments[index], scratch)
+        work(block)
+        outputs = Activations(scratch / f"activations-{index + 1}", inputs.length, inputs.width, inputs.dtype)
+        block.propagate(outputs)
+        outputs.sync()
+        block.clear()
+        yield block, outputs
+        inputs.remove()
+        inputs = outputs
+        model.release(name)

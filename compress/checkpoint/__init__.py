@@ -1,0 +1,88 @@
+"""Checkpoint formats: how quantized layers lie on disk, and what config.json says of them.
+
+A format is pure: tensors in, tensors out, no files. `layout` promises names, dtypes and shapes before any
+weight is read; `encode` keeps that promise; `decode` is its exact inverse. To add a format, write a file
+with a class that honours `Format`, add a line to `FORMATS`, and one to `READERS` if transformers has a name
+for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from compress.checkpoint.compressed_tensors import CompressedTensors, Compression
+from compress.checkpoint.dense import Dense
+from compress.core.qtensor import QuantizedTensor
+from compress.core.scheme import Grid
+from compress.errors import ModelError
+from compress.models.headers import TensorHeader
+
+__all__ = ["FORMATS", "READERS", "CompressedTensors", "Dense", "Format", "Options", "format_for", "format_of"]
+
+
+class Format(Protocol):
+    """What a checkpoint format answers. A layer's shape is [out, in], `name` its module path."""
+
+    @property
+    def name(self) -> str:
+        """What recipes call it."""
+
+    def problems(self, name: str, kind: str, shape: tuple[int, int], grid: Grid) -> list[str]:
+        """Why this layer cannot be stored, a sentence each; `kind` is the class of its module."""
+
+    def layout(
+        self, name: str, shape: tuple[int, int], grid: Grid, scale_dtype: str
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name → (safetensors dtype, shape) of what `encode` writes, by arithmetic alone."""
+
+    def encode(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """The stored tensors of one layer, contiguous."""
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
+        """The inverse of `encode`. Raises ModelError where the tensors do not fit the grid."""
+
+    def quantization_config(self, grids: Mapping[str, Grid], ignored: Sequence[str]) -> dict[str, Any] | None:
+        """That entry of config.json, if any; `ignored` names each nn.Linear that stays as it was."""
+
+    def grids(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Grid]:
+        """Which layers of a folder are stored quantized and how, from that entry and the headers."""
+
+
+class Options(Protocol):
+    """What a recipe says under `checkpoint`."""
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def compression(self) -> Compression: ...
+
+
+FORMATS: dict[str, Callable[[Options], Format]] = {
+    "compressed-tensors": lambda options: CompressedTensors(options.compression),
+    "dense": lambda options: Dense(),
+}
+
+READERS: dict[str, Format] = {"compressed-tensors": CompressedTensors()}
+"""By the `quant_method` of a `quantization_config`."""
+
+
+def format_for(options: Options) -> Format:
+    """The format a recipe asks for."""
+    return FORMATS[options.format](options)
+
+
+def format_of(config: Mapping[str, Any]) -> Format:
+    """The format of a folder with this config.json. Raises ModelError where there is no reader for it."""
+    if "quantization_config" not in config:
+        return Dense()
+    method = (config["quantization_config"] or {}).get("quant_method")
+    if method not in READERS:
+        raise ModelError(
+            f"config.json: quant_method {method!r} cannot be read, only {', '.join(READERS)}. "
+            "Start from a checkpoint in that format, or from the original model"
+        )
+    return READERS[method]

@@ -1,0 +1,106 @@
+"""The output folder: shards appear one by one in `<output>.partial`, the finished folder in one rename.
+
+A reader sees no checkpoint or a whole one. Everything of the original folder that is no weight (tokenizer, chat
+template, generation settings) is copied; every tensor that no stage touched is copied bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.errors import OutputError, writing
+from compress.checkpoint.manifest import write_atomically
+from compress.models.headers import Folder
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class OutputFolder:
+    """A checkpoint under construction."""
+
+    def __init__(self, final: Path, num_shards: int) -> None:
+        self.final = final
+        self.partial = final.with_name(f"{final.name}.partial")
+        self.scratch = self.partial / ".netsuke"
+        self.num_shards = num_shards
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise OutputError where something is in the way that must not be touched."""
+        if self.final.exists() and not overwrite and (not self.final.is_dir() or any(self.final.iterdir())):
+            raise OutputError(f"{self.final}: exists already. Choose another --output, or give --overwrite")
+        if resume and not (self.scratch / "manifest.json").exists():
+            raise OutputError(f"{self.partial}: there is no unfinished run to resume. Run without --resume")
+        if self.partial.exists() and not resume and not overwrite:
+            raise OutputError(
+                f"{self.partial}: holds an unfinished run. Continue it with --resume, or drop it with --overwrite"
+            )
+
+    def open(self, *, resume: bool) -> None:
+        with writing(self.partial):
+            if not resume:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            self.scratch.mkdir(parents=True, exist_ok=True)
+
+    def shard_name(self, index: int) -> str:
+        return f"model-{index + 1:05}-of-{self.num_shards:05}.safetensors"
+
+    def write_shard(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        path = self.partial / self.shard_name(index)
+        temporary = path.with_suffix(".tmp")
+        contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        with writing(path):
+            try:
+                save_file(contiguous, temporary, metadata={"format": "pt"})
+            except Exception as error:
+                if type(error).__name__ != "SafetensorError":
+                    raise
+                raise OSError(_errno(error), str(error)) from error  # the library hides the disk's own error
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+
+    def write_rest(
+        self, source: Folder, config: Mapping[str, Any], index: Mapping[str, str], total: int
+    ) -> None:
+        """Side files, index and config. `index`: tensor name → shard name; `total`: bytes of all tensors."""
+        with writing(self.partial):
+            for file in sorted(source.path.iterdir()):
+                keep = file.suffix not in WEIGHTS and not file.name.endswith(".index.json")
+                if file.is_file() and keep and file.name != "config.json":
+                    shutil.copyfile(file, self.partial / file.name)
+        weight_map = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        self.write_json("model.safetensors.index.json", weight_map)
+        self.write_json("config.json", config)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        write_atomically(self.partial / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def publish(self) -> None:
+        """Make the finished folder appear under its name, in place of one that was there before."""
+        with writing(self.final):
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            if self.final.exists():
+                old = self.final.with_name(f"{self.final.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.final, old)
+                os.replace(self.partial, self.final)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(self.partial, self.final)
+
+
+def _errno(error: Exception) -> int:
+    """The operating system's error number inside a safetensors error message."""
+    import errno
+    import re
+
+    found = re.search(r"os error (\d+)|code: (\d+)", str(error))
+    return int(next(filter(None, found.groups()))) if found else errno.EIO

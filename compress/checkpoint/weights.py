@@ -1,0 +1,56 @@
+"""The weights of a quantized folder, dequantized one layer at a time.
+
+It reads like any other folder, so whatever streams an ordinary model streams a compressed one: verification and
+scoring work on the files that ship, with no second code path and never more than a block in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint import Format, format_of
+from compress.core.qtensor import QuantizedTensor
+from compress.core.scheme import Grid
+from compress.models.headers import Folder, read_folder
+from compress.models.store import LazyModel, Weights, read_tensor
+
+
+class QuantizedWeights(Weights):
+    """Tensors of a folder whose config.json has a `quantization_config` that netsuke reads."""
+
+    def __init__(self, folder: Folder) -> None:
+        super().__init__(folder)
+        self.format: Format = format_of(folder.config)
+        self.grids: dict[str, Grid] = self.format.grids(folder.config["quantization_config"], self.tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self.grids or super().__contains__(name)
+
+    def read(self, name: str) -> Tensor:
+        layer = name.removesuffix(".weight")
+        if layer not in self.grids:
+            return super().read(name)
+        return self.quantized(layer).dequantize(torch.float32)
+
+    def quantized(self, layer: str) -> QuantizedTensor:
+        """One layer's codes, scales and zero points."""
+        stored = {
+            name: read_tensor(header)
+            for name, header in self.tensors.items()
+            if name.startswith(f"{layer}.weight")
+        }
+        return self.format.decode(layer, stored, self.grids[layer])
+
+
+def open_weights(path: Path) -> Weights:
+    """The weights of a folder, ordinary or quantized."""
+    folder = read_folder(path)
+    return QuantizedWeights(folder) if "quantization_config" in folder.config else Weights(folder)
+
+
+def open_model(path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LazyModel:
+    """A folder, ordinary or quantized, as a model whose weights stay on disk."""
+    return LazyModel(open_weights(path), dtype=dtype, device=device)

@@ -1,0 +1,279 @@
+"""The command line: parsing and printing, nothing else.
+
+Results go to stdout, progress and errors to stderr; `--json` makes stdout one JSON object. Exit codes: 0 done,
+1 failed on the way, 2 the request is wrong and nothing was written, 3 done but a gate of the recipe was not met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.errors import NetsukeError, RecipeError
+
+GATE_MISSED = 3
+
+EXAMPLES = {
+    "run": "netsuke run w4a16-gptq --model ./Llama-3.2-1B --calibration text.jsonl --output out",
+    "plan": "netsuke plan w4a16-gptq --model ./Llama-3.2-1B",
+    "recipes": "netsuke recipes w4a16-gptq > mine.yaml",
+    "inspect": "netsuke inspect out",
+    "eval": "netsuke eval out --baseline ./Llama-3.2-1B --text test.jsonl",
+    "generate": 'netsuke generate out --prompt "Once upon a time"',
+    "demo": "netsuke demo",
+    "doctor": "netsuke doctor",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run one command, and turn what went wrong into a sentence and an exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except RecipeError as error:
+        for problem in error.problems:
+            _complain(problem)
+        return error.exit_code
+    except NetsukeError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted. Finished blocks are kept; run the same command with --resume")
+        return 1
+    except BrokenPipeError:
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="netsuke", description="Carve large transformer models small and keep every detail."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, epilog=f"example: {EXAMPLES[name]}")
+        added.set_defaults(command=command)
+        return added
+
+    run = add("run", _run, "compress a model by a recipe")
+    _recipe_arguments(run)
+    run.add_argument("--output", metavar="DIR", help="where the checkpoint appears when it is whole")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    again.add_argument("--overwrite", action="store_true", help="replace what is at the output")
+    run.add_argument("--dry-run", action="store_true", help="stop after the plan")
+    _json_argument(run)
+
+    plan = add("plan", _plan, "show what a run would do, from headers alone")
+    _recipe_arguments(plan)
+    _json_argument(plan)
+
+    recipes = add("recipes", _recipes, "list the shipped recipes, or print one")
+    recipes.add_argument("name", nargs="?", metavar="NAME")
+    _json_argument(recipes)
+
+    inspect = add("inspect", _inspect, "show what a checkpoint holds")
+    inspect.add_argument("folder", metavar="DIR")
+    _json_argument(inspect)
+
+    evaluate = add("eval", _eval, "score a model, alone or against a baseline")
+    evaluate.add_argument("model", metavar="MODEL")
+    evaluate.add_argument(
+        "--baseline", metavar="MODEL", help="the original, to compare with on the same tokens"
+    )
+    evaluate.add_argument(
+        "--text", action="append", default=[], metavar="FILE", help=".jsonl, .txt or .parquet; repeatable"
+    )
+    evaluate.add_argument("--tasks", metavar="A,B", help="lm-eval tasks (needs netsuke[tasks])")
+    evaluate.add_argument("--context", type=int, metavar="N", help="tokens per window")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="most windows per text, most items per task")
+    evaluate.add_argument("--report", metavar="FILE.html", help="write the scores as a page")
+    _json_argument(evaluate)
+
+    generate = add("generate", _generate, "continue a text on netsuke's runtime")
+    generate.add_argument("model", metavar="MODEL")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    _json_argument(generate)
+
+    demo = add(
+        "demo", _demo, "train a small model, compress it four ways, show what it cost; no network needed"
+    )
+    demo.add_argument("folder", nargs="?", default="netsuke-demo", metavar="DIR")
+    _json_argument(demo)
+
+    doctor = add("doctor", _doctor, "versions, devices, and which backend each scheme runs on")
+    _json_argument(doctor)
+    return top
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
+    parser.add_argument("--model", metavar="MODEL", help="a Hugging Face folder or hub id")
+    parser.add_argument("--calibration", metavar="FILE_OR_NAME", help="text in place of the recipe's dataset")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE",
+        help="override one value of the recipe, gptq.group_size=64; repeatable",
+    )  # fmt: skip
+
+
+def _json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print exactly one JSON object")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.dry_run:
+        return _plan(arguments)
+    from compress import pipeline
+    from compress.progress import Bar
+    from compress.report import summary_lines
+
+    with Bar() as bar:
+        report = pipeline.run(
+            arguments.recipe,
+            model=arguments.model,
+            output=arguments.output,
+            calibration=arguments.calibration,
+            overrides=arguments.overrides,
+            device=arguments.device,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            progress=bar.show,
+        )
+    _print(arguments, report, summary_lines(report))
+    missed = [gate for gate in report["gates"] if not gate["met"]]
+    for gate in missed:
+        _complain(f"gate {gate['name']} not met: {gate['value']}, limit {gate['limit']}")
+    return GATE_MISSED if missed else 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from compress.pipeline import prepare
+
+    plan = prepare(
+        arguments.recipe,
+        model=arguments.model,
+        calibration=arguments.calibration,
+        overrides=arguments.overrides,
+    ).to_json()
+    from compress.tables import plan_table
+
+    _print(arguments, plan, plan_table(plan))
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from compress.recipe import describe, load, shipped
+
+    recipes = shipped()
+    if arguments.name is None:
+        _print(
+            arguments,
+            {name: describe(path) for name, path in recipes.items()},
+            [(name, describe(path)) for name, path in recipes.items()],
+        )
+        return 0
+    recipe = load(arguments.name)
+    text = (
+        recipes[arguments.name].read_text() if arguments.name in recipes else Path(arguments.name).read_text()
+    )
+    if arguments.json:
+        _print(arguments, {"name": recipe.name, "recipe": text}, [])
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from compress.inspection import inspect
+    from compress.tables import inspection_table
+
+    found = inspect(Path(arguments.folder))
+    _print(arguments, found, inspection_table(found))
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from compress.progress import Bar
+    from compress.scoring import score
+    from compress.tables import score_table
+
+    with Bar() as bar:
+        result = score(
+            arguments.model,
+            baseline=arguments.baseline,
+            texts=[Path(text) for text in arguments.text],
+            tasks=[task for task in (arguments.tasks or "").split(",") if task],
+            context=arguments.context,
+            limit=arguments.limit,
+            progress=bar.show,
+        )
+    if arguments.report:
+        from compress.report import render_scores
+
+        Path(arguments.report).write_text(render_scores(result))
+    _print(arguments, result, score_table(result))
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from compress.models.store import local_folder
+    from compress.runtime.generate import generate
+    from compress.runtime.load import load
+
+    model, tokenizer = load(local_folder(arguments.model))
+    text = generate(model, tokenizer, arguments.prompt, max_new_tokens=arguments.max_new_tokens)
+    if arguments.json:
+        _print(arguments, {"prompt": arguments.prompt, "text": text}, [])
+    else:
+        sys.stdout.write(text + "\n")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from compress.demo import run_demo
+    from compress.progress import Bar
+    from compress.tables import demo_table
+
+    with Bar() as bar:
+        rows = run_demo(Path(arguments.folder), progress=bar.show)
+    _print(arguments, {"folder": arguments.folder, "recipes": rows}, demo_table(rows))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from compress.doctor import diagnose
+    from compress.tables import doctor_table
+
+    found = diagnose()
+    _print(arguments, found, doctor_table(found))
+    return 0
+
+
+def _print(arguments: argparse.Namespace, result: Any, lines: Any) -> None:
+    """The result on stdout: JSON, or what a person reads (a rich renderable, or rows of two columns)."""
+    if arguments.json:
+        sys.stdout.write(json.dumps(result, default=str) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    if isinstance(lines, list):
+        table = Table.grid(padding=(0, 2))
+        for row in lines:
+            table.add_row(*row)
+        lines = table
+    Console().print(lines)
+
+
+def _complain(sentence: str) -> None:
+    sys.stderr.write(f"error: {sentence}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Factors of the Hessian H = E[x xᵀ], the metric of every layer-wise objective.
+
+GPTQ and its relatives need the upper U with H⁻¹ = Uᵀ U. Inverting H first doubles the work and squares nothing
+good into the error; instead, with J the reversal of rows and columns,
+
+    J H J = L Lᵀ (one Cholesky)   ⇒   R = J L J is upper, H = R Rᵀ   ⇒   U = R⁻¹ (one triangular inverse).
+
+H is only positive semi-definite when there are fewer tokens than inputs, so `damping · mean(diag H)` is added to
+its diagonal. Where Cholesky still fails, damping is raised tenfold and again, up to 1; the caller learns which
+value was used.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from compress.errors import NumericalError
+
+LEAF = 128
+"""Triangles of this size are inverted directly."""
+
+
+class NotPositiveDefinite(NumericalError):  # noqa: N818 - the mathematics' own word
+    """No damping up to the mean of the diagonal makes the matrix positive definite."""
+
+
+def dead_columns(hessian: Float[Tensor, "in in"]) -> Bool[Tensor, "in"]:
+    """Inputs that are zero on all calibration tokens, to within 1e-12 of the mean energy. Test before damping."""
+    diagonal = hessian.diagonal()
+    return diagonal <= 1e-12 * diagonal.mean()
+
+
+def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
+    """A copy of H with `damping · mean(diag H)` added to its diagonal."""
+    copy = hessian.clone()
+    copy.diagonal().add_(damping * hessian.diagonal().mean())
+    return copy
+
+
+def inverse_cholesky(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
+    """The upper U with `(H + λI)⁻¹ = Uᵀ U`, λ = damping · mean(diag H), and the damping that was used.
+
+    Works in the dtype of `hessian` with two copies of it at most. Damping is tried as given, then tenfold each
+    time, the last try being 1. Raises NotPositiveDefinite after that.
+    """
+    while True:
+        reversed_ = damped(hessian, damping).flip(0, 1)
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        del reversed_
+        if not failed:
+            return invert_upper_(lower.flip(0, 1)), damping
+        if damping >= 1:
+            raise NotPositiveDefinite(
+                f"the Hessian of {len(hessian)} inputs is not positive definite even with damping {damping:g}: "
+                f"its diagonal spans [{hessian.diagonal().min():g}, {hessian.diagonal().max():g}]"
+            )
+        damping = min(10 * damping, 1.0)
+
+
+def invert_upper_(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Inverts an upper triangular matrix in place, halves first: [[A, B], [0, C]]⁻¹ = [[A⁻¹, -A⁻¹ B C⁻¹], [0, C⁻¹]]."""
+    n = len(upper)
+    if n <= LEAF:
+        eye = torch.eye(n, dtype=upper.dtype, device=upper.device)
+        return upper.copy_(torch.linalg.solve_triangular(upper, eye, upper=True))
+    half = n // 2
+    A, B, C = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    B.copy_(torch.linalg.solve_triangular(A, B, upper=True))
+    B.copy_(torch.linalg.solve_triangular(C, B, upper=True, left=False)).neg_()
+    invert_upper_(A)
+    invert_upper_(C)
+    return upper

@@ -1,0 +1,424 @@
+"""The plan: what a recipe will do to a model, layer by layer and byte by byte, before any weight is read.
+
+Recipe and headers go in; out comes the exact list of layers with their grids, the exact files that will be written,
+the memory and the tokens that will be needed, or every reason why it cannot be done, all at once. `run` executes
+exactly this plan.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from compress.checkpoint import FORMATS, Format, format_for
+from compress.core.scheme import Grid
+from compress.errors import ModelError, RecipeError
+from compress.models import anatomy_for
+from compress.models.anatomy import Anatomy
+from compress.models.headers import Folder, TensorHeader, canonical, file_bytes, tensor_bytes
+from compress.models.selection import LayerName, did_you_mean, select
+from compress.recipe import Recipe
+
+PROBE_WINDOWS = 2
+"""Windows that a run without calibration sends through the model, so that its checkpoint can be verified."""
+PROBE_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer."""
+
+    name: str
+    role: str
+    kind: str
+    block: int | None
+    shape: tuple[int, int]
+    """[out, in], however the module stores it."""
+    dtype: str
+    stage: int | None
+    """Index of the stage that quantizes it."""
+    grid: Grid | None
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def action(self) -> str:
+        return "quantize" if self.grid else "keep"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run that is known before it begins."""
+
+    recipe: Recipe
+    folder: Folder
+    anatomy: Anatomy
+    layers: tuple[LayerPlan, ...]
+    format: Format
+    num_blocks: int
+    shards: tuple[dict[str, tuple[str, tuple[int, ...]]], ...]
+    """For each output file, tensor name → (dtype, shape); one file per block, then the rest."""
+    windows: int
+    sequence_length: int
+    notes: tuple[str, ...]
+
+    @property
+    def calibrated(self) -> bool:
+        return any(stage.calibrated for stage in self.recipe.stages)
+
+    @property
+    def calibration_tokens(self) -> int:
+        return self.windows * self.sequence_length if self.calibrated else 0
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the weight files that come in."""
+        return self.folder.bytes
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the weight files that will be written."""
+        return sum(file_bytes(shard) for shard in self.shards)
+
+    @property
+    def quantized(self) -> dict[str, Grid]:
+        return {layer.name: layer.grid for layer in self.layers if layer.grid}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight over the quantized layers, scales and zero points included."""
+        layers = [layer for layer in self.layers if layer.grid]
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+        return 8 * sum(layer.bytes_after for layer in layers) / weights
+
+    @property
+    def tensor_bytes_after(self) -> int:
+        return sum(tensor_bytes(*entry) for shard in self.shards for entry in shard.values())
+
+    @property
+    def context(self) -> int:
+        """Length of the windows a run is scored on: the model's context, at most 2048."""
+        return min(2048, context_length(self.folder.config))
+
+    def with_windows(self, windows: int) -> Plan:
+        """The plan for a text that holds fewer windows than the recipe asks for."""
+        note = f"the calibration text holds {windows} windows, {self.windows} were asked for"
+        return replace(self, windows=windows, notes=(*self.notes, note))
+
+    def grids(self, stage: int, block: int) -> dict[str, Grid]:
+        """The layers a stage deals with in one block: a quantizer's own; for a transform, those quantized later."""
+        own = self.recipe.stages[stage].quantizes
+        return {
+            layer.name: layer.grid
+            for layer in self.layers
+            if layer.grid and layer.block == block and (layer.stage == stage if own else True)
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        from compress.footprint import peak_memory
+
+        return {
+            "recipe": self.recipe.name,
+            "model": str(self.folder.path),
+            "family": self.anatomy.family,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "role": layer.role,
+                    "action": layer.action,
+                    "scheme": layer.grid.scheme if layer.grid else None,
+                    "reason": layer.reason,
+                    "shape": list(layer.shape),
+                    "group_size": layer.grid.group_size if layer.grid else None,
+                    "bytes_before": layer.bytes_before,
+                    "bytes_after": layer.bytes_after,
+                }
+                for layer in self.layers
+            ],
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+            "peak_memory_bytes": peak_memory(self),
+            "calibration_tokens": self.calibration_tokens,
+            "stages": [stage.name for stage in self.recipe.stages],
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(recipe: Recipe, folder: Folder) -> Plan:
+    """Resolve a recipe against a model's headers.
+
+    Raises RecipeError listing every selector, group, fused pair or combination that cannot be, with its place in
+    the recipe; ModelError where the model itself is the problem.
+    """
+    if "quantization_config" in folder.config:
+        method = folder.config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(f"{folder.path}: is quantized already ({method}). Start from the original model")
+    anatomy = anatomy_for(folder.config, folder.shapes)
+    tensors = canonical(folder.tensors, anatomy)
+    candidates = _candidates(anatomy, tensors)
+    problems: list[str] = []
+    form = _format(recipe)
+    owner, reasons = _assign(recipe, candidates, problems)
+    _check_stages(recipe, anatomy, owner, problems)
+    grids = {name: recipe.stages[stage].grid for name, stage in owner.items()}
+    _check_grids(
+        recipe, owner, grids, {layer.name: layer for layer in candidates}, tensors, anatomy, form, problems
+    )
+    _check_fused(anatomy, candidates, grids, problems)
+    if problems:
+        raise RecipeError(problems)
+    layers = tuple(
+        _layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, grids, reasons, form)
+        for layer in candidates
+    )
+    num_blocks = 1 + max(layer.block for layer in layers if layer.block is not None)
+    notes = [*anatomy.conclusions, *folder.truncated]
+    calibrated = any(stage.calibrated for stage in recipe.stages)
+    context = context_length(folder.config)
+    length = min(recipe.calibration.sequence_length, context) if calibrated else min(PROBE_LENGTH, context)
+    if calibrated and length < recipe.calibration.sequence_length:
+        notes.append(f"calibration windows have {length} tokens, the model's context")
+    if anatomy.head and f"{anatomy.head}.weight" not in tensors:
+        notes.append(f"{anatomy.head} is tied to {anatomy.embedding} and stays as it is")
+    return Plan(
+        recipe=recipe,
+        folder=folder,
+        anatomy=anatomy,
+        layers=layers,
+        format=form,
+        num_blocks=num_blocks,
+        shards=_shards(anatomy, tensors, num_blocks, {layer.name: layer for layer in layers}, form),
+        windows=recipe.calibration.samples if calibrated else PROBE_WINDOWS,
+        sequence_length=length,
+        notes=tuple(notes),
+    )
+
+
+def context_length(config: Mapping[str, Any]) -> int:
+    """The longest sequence the model was made for; 2048 where its config does not say."""
+    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length"):
+        if isinstance(config.get(key), int):
+            return config[key]
+    return 2048
+
+
+def _format(recipe: Recipe) -> Format:
+    wanted = recipe.checkpoint.format
+    if wanted not in FORMATS:
+        where = recipe.where("checkpoint", "format")
+        known = ", ".join(FORMATS)
+        raise RecipeError(
+            f"{where}: there is no format {wanted!r}.{did_you_mean(wanted, FORMATS)} There are {known}"
+        )
+    return format_for(recipe.checkpoint)
+
+
+def _candidates(anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> list[LayerName]:
+    """Every layer a selector may name, in the order of the model: block linears, then embedding and head."""
+    kind = "Conv1D" if anatomy.transposed else "Linear"
+    layers = []
+    index = 0
+    while any(name.startswith(f"{anatomy.blocks}.{index}.") for name in tensors):
+        for local, role in anatomy.roles.items():
+            name = f"{anatomy.blocks}.{index}.{local}"
+            if f"{name}.weight" in tensors:
+                layers.append(LayerName(name, role, kind))
+        index += 1
+    if not layers:
+        raise ModelError(
+            f"no linear layer found under {anatomy.blocks!r}, where the {anatomy.family} family has them"
+        )
+    outside = [(anatomy.embedding, "embedding", "Embedding"), (anatomy.head or "", "lm_head", "Linear")]
+    layers += [LayerName(*entry) for entry in outside if f"{entry[0]}.weight" in tensors]
+    return layers
+
+
+def _assign(
+    recipe: Recipe, layers: Sequence[LayerName], problems: list[str]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Which stage quantizes each layer, and why the others are kept."""
+    owner: dict[str, int] = {}
+    reasons = {layer.name: "outside the blocks" for layer in layers if layer.role in {"embedding", "lm_head"}}
+    inside = [layer.name for layer in layers if layer.name not in reasons]
+    known = list(layers)
+    if not any(layer.role == "lm_head" for layer in layers):
+        known.append(
+            LayerName("lm_head", "lm_head", "Linear")
+        )  # tied: may be named, has no weight of its own
+    for index, stage in enumerate(recipe.stages):
+        if not stage.quantizes:
+            continue
+        chosen = _resolve(recipe, index, "layers", stage.layers, known, problems)
+        ignored = _resolve(recipe, index, "ignore", stage.ignore, known, problems)
+        outside = [name for name in chosen if name not in inside]
+        if outside:
+            where = recipe.where("stages", index, stage.name, "layers")
+            problems.append(
+                f"{where}: {', '.join(outside)}: embeddings and heads keep their precision; leave them out"
+            )
+        for name in inside if not stage.layers else [name for name in chosen if name in inside]:
+            if name in ignored:
+                reasons[name] = f"ignored by {ignored[name]!r}"
+            elif name in owner:
+                where = recipe.where("stages", index, stage.name)
+                problems.append(
+                    f"{where}: {name} is quantized by stages[{owner[name]}] already. Use 'layers' or 'ignore'"
+                )
+            else:
+                owner[name] = index
+    return owner, reasons
+
+
+def _resolve(
+    recipe: Recipe,
+    index: int,
+    key: str,
+    selectors: Sequence[str],
+    layers: Sequence[LayerName],
+    problems: list[str],
+) -> dict[str, str]:
+    """Layer name → the selector that names it."""
+    names_by_selector, unmatched = select(selectors, layers)
+    where = recipe.where("stages", index, recipe.stages[index].name, key)
+    problems += [
+        f"{where}: stages[{index}].{recipe.stages[index].name}.{key}: {problem}" for problem in unmatched
+    ]
+    return {name: selector for selector, names in names_by_selector.items() for name in names}
+
+
+def _check_stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], problems: list[str]) -> None:
+    quantizers = [index for index, stage in enumerate(recipe.stages) if stage.quantizes]
+    for index, stage in enumerate(recipe.stages):
+        where = recipe.where("stages", index, stage.name)
+        if stage.quantizes and index not in owner.values():
+            problems.append(
+                f"{where}: stages[{index}].{stage.name} would change nothing: no layer is left for it"
+            )
+        if not stage.quantizes and not any(later > index for later in quantizers):
+            problems.append(
+                f"{where}: {stage.name} prepares weights for a quantizer; put rtn or gptq after it"
+            )
+        if not stage.quantizes and any(earlier < index for earlier in quantizers):
+            problems.append(f"{where}: {stage.name} must come before every quantizer")
+        if not stage.quantizes and not any(site.source for site in anatomy.sites):
+            problems.append(
+                f"{where}: {stage.name} has nowhere to fold its scales in the {anatomy.family} family"
+            )
+
+
+def _check_grids(
+    recipe: Recipe,
+    owner: Mapping[str, int],
+    grids: Mapping[str, Grid],
+    layers: Mapping[str, LayerName],
+    tensors: Mapping[str, TensorHeader],
+    anatomy: Anatomy,
+    form: Format,
+    problems: list[str],
+) -> None:
+    """Groups must divide rows, and the checkpoint format must be able to hold each layer."""
+    for name, grid in grids.items():
+        header = tensors[f"{name}.weight"]
+        stage = recipe.stages[owner[name]]
+        shape = _shape(header, anatomy)
+        where = recipe.where("stages", owner[name], stage.name, "group_size")
+        try:
+            grid.num_groups(shape[1])
+        except ValueError as error:
+            fits = [size for size in (256, 128, 64, 32, 16) if shape[1] % size == 0]
+            fix = (
+                f"Use {' or '.join(map(str, fits[:2]))}"
+                if fits
+                else "Use group_size: null (one scale per channel)"
+            )
+            problems.append(f"{where}: {name}: {error}. {fix}, or add it to 'ignore'")
+            continue
+        problems += [f"{where}: {problem}" for problem in form.problems(name, layers[name].kind, shape, grid)]
+
+
+def _check_fused(
+    anatomy: Anatomy, layers: Sequence[LayerName], grids: Mapping[str, Grid], problems: list[str]
+) -> None:
+    """Layers that a serving engine runs as one matrix must be quantized alike."""
+    present = {layer.name for layer in layers}
+    for site in anatomy.sites:
+        if not site.fused:
+            continue
+        by_block: dict[str, dict[str, Grid | None]] = defaultdict(dict)
+        for local in site.layers:
+            for name in present:
+                if name.startswith(f"{anatomy.blocks}.") and name.endswith(f".{local}"):
+                    by_block[name.removesuffix(local)][local] = grids.get(name)
+        for prefix, found in sorted(by_block.items()):
+            if len(set(found.values())) > 1:
+                told = ", ".join(
+                    f"{name} {grid.scheme if grid else 'kept'}" for name, grid in sorted(found.items())
+                )
+                problems.append(
+                    f"{prefix[:-1]}: {told}: serving engines run these as one matrix; "
+                    "give them the same scheme and group_size, or ignore all of them"
+                )
+                break
+
+
+def _shape(header: TensorHeader, anatomy: Anatomy) -> tuple[int, int]:
+    first, second = header.shape
+    return (second, first) if anatomy.transposed else (first, second)
+
+
+def _layer_plan(
+    layer: LayerName,
+    anatomy: Anatomy,
+    header: TensorHeader,
+    owner: Mapping[str, int],
+    grids: Mapping[str, Grid],
+    reasons: Mapping[str, str],
+    form: Format,
+) -> LayerPlan:
+    inside = layer.name.startswith(f"{anatomy.blocks}.")
+    grid = grids.get(layer.name)
+    shape = _shape(header, anatomy) if inside else (header.shape[0], header.shape[1])
+    after = header.nbytes
+    if grid:
+        after = sum(
+            tensor_bytes(*entry) for entry in form.layout(layer.name, shape, grid, header.dtype).values()
+        )
+    return LayerPlan(
+        name=layer.name,
+        role=layer.role,
+        kind=layer.kind,
+        block=int(layer.name.removeprefix(f"{anatomy.blocks}.").split(".")[0]) if inside else None,
+        shape=shape,
+        dtype=header.dtype,
+        stage=owner.get(layer.name),
+        grid=grid,
+        reason="" if grid else reasons.get(layer.name, "no stage names it"),
+        bytes_before=header.nbytes,
+        bytes_after=after,
+    )
+
+
+def _shards(
+    anatomy: Anatomy,
+    tensors: Mapping[str, TensorHeader],
+    num_blocks: int,
+    layers: Mapping[str, LayerPlan],
+    form: Format,
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], ...]:
+    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{} for _ in range(num_blocks + 1)]
+    for name, header in tensors.items():
+        shard = shards[-1]
+        if name.startswith(f"{anatomy.blocks}."):
+            shard = shards[int(name.removeprefix(f"{anatomy.blocks}.").split(".")[0])]
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer and layer.grid and name.endswith(".weight"):
+            held = form.layout(header.name.removesuffix(".weight"), layer.shape, layer.grid, header.dtype)
+            turned = anatomy.transposed
+            shard |= {key: (dtype, shape[::-1] if turned else shape) for key, (dtype, shape) in held.items()}
+        else:
+            shard[header.name] = header.dtype, header.shape
+    return tuple(shards)

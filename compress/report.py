@@ -1,0 +1,274 @@
+"""The report of a run: report.json for scripts, report.html for people, a few lines for the terminal.
+
+All three come from one dict, the one `compress.run` returns. A number that is not finite is null in the JSON and
+absent elsewhere. What did not go as the recipe asked (a gate missed, a layer that fell back on another method) is
+said at the top. `compress.report_words` finds the words, `compress.report_page` draws the elements.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.progress import duration
+from compress.report_page import (
+    Html,
+    Number,
+    Square,
+    bars,
+    code,
+    facts,
+    figures,
+    fold,
+    heat_map,
+    note,
+    notices,
+    page,
+    section,
+    table,
+)
+from compress.report_words import (
+    Report,
+    alarms,
+    digits,
+    gate_said,
+    layers,
+    measures,
+    model_name,
+    percent,
+    said,
+    texts,
+    verdict,
+    verified,
+)
+from compress.tables import size
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write report.json and report.html into `folder`."""
+    text = json.dumps(finite(report), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(render(report), encoding="utf-8")
+
+
+def render(report: Report) -> str:
+    """The report as one HTML file that needs no other."""
+    report = finite(report)
+    return page(
+        title=model_name(report["model"]),
+        kicker="netsuke · compression report",
+        subtitle=report["recipe_name"],
+        verdict=verdict(report),
+        sections=[
+            notices(alarms(report)),
+            figures(dict(_figures(report))),
+            section("Size", _sizes(report)),
+            *_scores(report.get("evaluation"), report.get("evaluation_note")),
+            section("Gates", _gates(report.get("gates") or [])),
+            section("Error by layer", *_errors(report)),
+            section("Time", _times(report)),
+            section("Run", facts(dict(_facts(report)))),
+            section("Recipe", code(report["recipe"])),
+        ],
+    )
+
+
+def render_scores(result: Report) -> str:
+    """What `netsuke eval` measured, as one HTML file."""
+    result = finite(result)
+    baseline = result.get("baseline")
+    return page(
+        title=model_name(result["model"]),
+        kicker="netsuke · scores",
+        subtitle=f"against {model_name(baseline)}" if baseline else "on its own",
+        verdict=" ".join(map(said, result["texts"])),
+        sections=_scores(result),
+    )
+
+
+def summary_lines(report: Report) -> list[tuple[str, str]]:
+    """What the terminal shows when a run is done: names and values."""
+    report = finite(report)
+    before, after = report["bytes_before"], report["bytes_after"]
+    lines = [
+        ("model", model_name(report["model"])),
+        ("recipe", report["recipe_name"]),
+        ("size", f"{size(before)} → {size(after)} ({after / before:.0%})"),
+    ]
+    if bits := report.get("bits_per_weight"):
+        lines.append(("bits per weight", f"{bits:.2f} in the quantized layers"))
+    lines += [(text["name"], ", ".join(measures(text))) for text in texts(report)]
+    if not report.get("evaluation") and report.get("evaluation_note"):
+        lines.append(("not scored", report["evaluation_note"]))
+    lines += [(f"gate {gate['name']}", gate_said(gate)) for gate in report.get("gates") or ()]
+    lines += [
+        ("verified", verified(report)),
+        ("time", duration(report["seconds"])),
+        ("peak memory", size(report["peak_memory_bytes"])),
+    ]
+    return [(name, value) for name, value in lines if value] + [("warning", text) for text in alarms(report)]
+
+
+def finite(value: Any) -> Any:
+    """A copy of plain data in which every number that is not finite is None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value
+
+
+# ---- size, scores and gates ------------------------------------------------------------------------------
+
+
+def _figures(report: Report) -> Iterator[tuple[str, str]]:
+    yield "times smaller", f"{report['bytes_before'] / report['bytes_after']:.2f}×"
+    if bits := report.get("bits_per_weight"):
+        yield "bits per weight", f"{bits:.2f}"
+    first = next(iter(texts(report)), {})
+    if (ratio := first.get("perplexity_ratio")) is not None:
+        yield "perplexity ratio", f"{ratio:.3f}"
+    if (divergence := first.get("kl_divergence")) is not None:
+        yield "KL divergence", digits(divergence)
+    if (agreement := first.get("top1_agreement")) is not None:
+        yield "same top token", f"{agreement:.1%}"
+    yield "time", duration(report["seconds"])
+
+
+def _sizes(report: Report) -> Html:
+    before, after = report["bytes_before"], report["bytes_after"]
+    return bars([("before", before, size(before)), ("after", after, size(after))], accented=1)
+
+
+SCORES = {
+    "tokens": ("tokens", "{:,}"),
+    "context": ("window", "{:,}"),
+    "baseline_perplexity": ("original", "{:.3f}"),
+    "perplexity": ("perplexity", "{:.3f}"),
+    "perplexity_ratio": ("ratio", "{:.4f}"),
+    "kl_divergence": ("KL divergence", "{:.5f}"),
+    "top1_agreement": ("same top token", "{:.1%}"),
+}
+"""What is shown of a text's scores: the column's name, and how the number is written."""
+
+
+def _scores(scored: Report | None, reason: str | None = None) -> list[Html]:
+    if not scored:
+        return [section("Scores", note(f"Not scored: {reason}"))] if reason else []
+    rows = [
+        [text["name"], *(_number(text.get(key), form) for key, (_, form) in SCORES.items())]
+        for text in scored["texts"]
+    ]
+    tasks = [
+        [name, metric, _number(value, "{:.4f}"), _number(metrics.get("stderr"), "{:.4f}")]
+        for name, metrics in (scored.get("tasks") or {}).items()
+        for metric, value in metrics.items()
+        if metric != "stderr"
+    ]
+    return [
+        section("Scores", table(["text", *(name for name, _ in SCORES.values())], rows)),
+        section("Tasks", table(["task", "metric", "value", "standard error"], tasks)),
+    ]
+
+
+def _gates(gates: Sequence[Report]) -> Html:
+    rows = [
+        [
+            gate["name"],
+            _number(gate["limit"], "{:g}"),
+            _number(gate["value"], "{:.4g}"),
+            "met" if gate["met"] else "not met",
+        ]
+        for gate in gates
+    ]
+    missed = [index for index, gate in enumerate(gates) if not gate["met"]]
+    return table(["gate", "limit", "measured", ""], rows, marked=missed)
+
+
+def _number(value: float | None, form: str) -> Number:
+    return Number(value, "" if value is None else form.format(value))
+
+
+# ---- layers ----------------------------------------------------------------------------------------------
+
+
+def _errors(report: Report) -> Iterator[Html]:
+    """A heat map for every stage that worked on layers, and one table of all layers."""
+    roles = report.get("roles") or {}
+    working = [stage for stage in report["stages"] if stage["layers"]]
+    for stage in working:
+        if len(working) > 1:
+            yield note(stage["name"])
+        yield heat_map(_squares(stage["layers"], roles, report.get("block_of") or {}), "transformer block")
+    if not working:
+        return
+    yield note(
+        "Squared error of the layer's output on the calibration text, relative to the output itself; "
+        "of its weight where no text was needed. A frame marks a fallback."
+    )
+    found = list(layers(report))
+    rows = [
+        [
+            layer["name"],
+            stage if len(working) > 1 else None,
+            roles.get(layer["name"]),
+            layer["scheme"],
+            Number(layer["error"], percent(layer["error"])),
+            layer["fallback"],
+        ]
+        for stage, layer in found
+    ]
+    marked = [index for index, (_, layer) in enumerate(found) if layer["fallback"]]
+    columns = ["layer", "stage", "role", "scheme", "error", "fallback"]
+    yield fold(f"All {len(found)} layers", table(columns, rows, marked=marked, sortable=True))
+
+
+def _squares(
+    found: Sequence[Report], roles: Mapping[str, str], block_of: Mapping[str, int]
+) -> dict[str, dict[int, Square]]:
+    """role → block → the layer there; of several, like experts, the worst."""
+    worst: dict[str, dict[int, Report]] = {}
+    for layer in found:
+        name = layer["name"]
+        if name in roles and name in block_of:
+            row = worst.setdefault(roles[name], {})
+            row[block_of[name]] = max(row.get(block_of[name], layer), layer, key=_severity)
+    return {role: {block: _square(layer) for block, layer in row.items()} for role, row in worst.items()}
+
+
+def _severity(layer: Report) -> tuple[bool, float]:
+    return bool(layer["fallback"]), math.inf if layer["error"] is None else layer["error"]
+
+
+def _square(layer: Report) -> Square:
+    error = percent(layer["error"])
+    told = (layer["name"], layer["scheme"], error, layer["fallback"])
+    return Square(layer["error"], error, " · ".join(filter(None, told)), marked=bool(layer["fallback"]))
+
+
+# ---- the run ---------------------------------------------------------------------------------------------
+
+
+def _times(report: Report) -> Html:
+    spent = [(stage["name"], stage["seconds"]) for stage in report["stages"]]
+    rest = max(report["seconds"] - sum(seconds for _, seconds in spent), 0.0)
+    return bars([(name, seconds, duration(seconds)) for name, seconds in [*spent, ("everything else", rest)]])
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    yield "model", report["model"]
+    if calibration := report.get("calibration"):
+        windows = f"{calibration['windows']:,} windows of {calibration['sequence_length']:,}"
+        yield "calibration", f"{calibration['dataset']}, {calibration['tokens']:,} tokens in {windows}"
+        yield "its hash", calibration["hash"]
+    yield "verified", verified(report)
+    yield "peak memory", size(report["peak_memory_bytes"])
+    yield (
+        "versions",
+        ", ".join(f"{name} {version}" for name, version in (report.get("versions") or {}).items()),
+    )

@@ -1,0 +1,106 @@
+"""A report in words and human numbers, the same for the page and the terminal.
+
+What was not measured is left out, never said as zero.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.tables import size
+
+Report = Mapping[str, Any]
+"""The keys of report.json, or of one of its parts; no number in it is NaN or infinite."""
+
+
+def verdict(report: Report) -> str:
+    """The run in a sentence, and one more for every text it was scored on."""
+    before, after = report["bytes_before"], report["bytes_after"]
+    bits = report.get("bits_per_weight")
+    told = f" ({bits:.2f} bits per weight in the quantized layers)" if bits else ""
+    name, recipe = model_name(report["model"]), report["recipe_name"]
+    verb = "shrank" if after < before else "grew"
+    return " ".join(
+        [f"{recipe} {verb} {name} from {size(before)} to {size(after)}{told}.", *map(said, texts(report))]
+    )
+
+
+def said(text: Report) -> str:
+    """One text's scores as a sentence."""
+    *others, last = measures(text) or ["nothing finite was measured"]
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f"On {text['tokens']:,} tokens of {text['name']}: {listed}."
+
+
+def measures(text: Report) -> list[str]:
+    """The scores of one text, a phrase each."""
+    phrases = []
+    if (perplexity := text.get("perplexity")) is not None:
+        original, ratio = text.get("baseline_perplexity"), text.get("perplexity_ratio")
+        since = "" if original is None else f"{digits(original)} → "
+        factor = "" if ratio is None else f" (×{ratio:.3f})"
+        phrases.append(f"perplexity {since}{digits(perplexity)}{factor}")
+    if (divergence := text.get("kl_divergence")) is not None:
+        phrases.append(f"KL divergence {digits(divergence)}")
+    if (agreement := text.get("top1_agreement")) is not None:
+        phrases.append(f"the same top token {agreement:.1%} of the time")
+    return phrases
+
+
+def alarms(report: Report) -> list[str]:
+    """What did not go as the recipe asked: gates, fallbacks, and the run's own warnings; each once."""
+    missed = [
+        f"gate {gate['name']}: {gate_said(gate)}" for gate in report.get("gates") or () if not gate["met"]
+    ]
+    fallbacks = [f"{layer['name']}: {layer['fallback']}" for _, layer in layers(report) if layer["fallback"]]
+    return list(dict.fromkeys([*missed, *fallbacks, *(report.get("warnings") or ())]))
+
+
+def gate_said(gate: Report) -> str:
+    met = "met" if gate["met"] else "not met"
+    measured = "not measured" if gate["value"] is None else f"{gate['value']:.4g}"
+    return f"{measured}, limit {gate['limit']:g}, {met}"
+
+
+def verified(report: Report) -> str:
+    """How closely the reloaded checkpoint computes what the run computed; empty where nobody compared."""
+    found = report.get("verification") or {}
+    if (difference := found.get("max_relative_difference")) is None:
+        return ""
+    tokens = f"{found['tokens']:,} tokens"
+    return f"reloaded from disk, its logits differ by {difference:.1e} from those of the run, over {tokens}"
+
+
+def texts(report: Report) -> list[Report]:
+    """The texts it was scored on."""
+    return (report.get("evaluation") or {}).get("texts") or []
+
+
+def layers(report: Report) -> Iterator[tuple[str, Report]]:
+    """Every layer that a stage worked on, with the stage's name."""
+    for stage in report["stages"]:
+        for layer in stage["layers"]:
+            yield stage["name"], layer
+
+
+def model_name(model: str) -> str:
+    """A folder's last part; `owner/name` for a snapshot in the hub's cache."""
+    cached = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots", model)
+    return f"{cached[1]}/{cached[2]}" if cached else Path(model).name or model
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """In plain notation and without false precision: `1,204`, `73.2`, `0.0031`; tiny ones as `2.1e-06`."""
+    if 0 < abs(value) < 1e-5:
+        return f"{value:.1e}"
+    places = significant - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(places, 0)}f}"
+
+
+def percent(share: float | None) -> str:
+    """Two significant digits of a share; empty for None."""
+    return "" if share is None else f"{digits(100 * share, 2)}%"

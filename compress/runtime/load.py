@@ -1,0 +1,116 @@
+"""A checkpoint as a model that runs: quantized layers on `quant_kernels`, all else as transformers has it.
+
+An ordinary folder is loaded by transformers itself. A quantized one starts as an empty transformers module on
+the meta device; each quantized linear layer is replaced by a `QuantLinear` and every other tensor filled in,
+one at a time, so that loading needs the packed model and one layer, never the model in floating point.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.checkpoint.weights import QuantizedWeights
+from compress.errors import ModelError
+from compress.models.headers import Folder, read_folder
+from compress.models.store import DTYPES, LazyModel, load_tokenizer, local_folder
+from compress.runtime.modules import QuantLinear
+
+
+def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """A transformers model with `generate()`, ready to run, and its tokenizer.
+
+    `folder` is a local folder or a hub id. `dtype` is the type of the activations, by default the
+    checkpoint's own; with float32 a quantized layer computes exactly `x · dequantize(W)ᵀ`. What config.json
+    says about quantization is kept as `model.netsuke_quantization`. Raises ModelError where the folder cannot
+    be read.
+    """
+    path = local_folder(str(folder))
+    headers = read_folder(path)
+    if headers.truncated:
+        raise ModelError(headers.truncated[0])
+    tokenizer = load_tokenizer(path)
+    dtype = stored_dtype(headers) if dtype is None else dtype
+    quantized = "quantization_config" in headers.config
+    model = (_load_quantized if quantized else _load_plain)(headers, device, dtype)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def stored_dtype(folder: Folder) -> torch.dtype:
+    """The type a checkpoint says it computes in; where it does not, the type that most of its floats have."""
+    named = folder.config.get("dtype") or folder.config.get("torch_dtype")
+    if named is not None:
+        dtype = getattr(torch, str(named), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ModelError(f"{folder.path / 'config.json'}: dtype {named!r} is no type that torch knows")
+        return dtype
+    sizes: Counter[str] = Counter()
+    for header in folder.tensors.values():
+        if header.dtype in ("F32", "F16", "BF16"):
+            sizes[header.dtype] += header.nbytes
+    return DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.float32
+
+
+def _load_plain(folder: Folder, device: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype).to(device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder.path}: transformers cannot load it: {error}") from error
+
+
+def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Module:
+    weights = QuantizedWeights(folder)
+    lazy = LazyModel(weights, dtype=dtype, device=device)
+    model: Any = lazy.module
+    for name in weights.grids:
+        linear = _linear(model, name, folder)
+        bias = None if linear.bias is None else weights.read(f"{name}.bias")
+        layer = QuantLinear.from_quantized(weights.quantized(name), bias, dtype=dtype, device=device)
+        model.set_submodule(name, layer)
+    for name, _ in model.named_children():
+        lazy.materialise(name)
+    _tie(lazy)
+    _fill_buffers(model, weights, device)
+    _read_generation_config(model, folder)
+    model.config.dtype = dtype
+    model.netsuke_quantization = folder.config["quantization_config"]
+    return model
+
+
+def _linear(model: nn.Module, name: str, folder: Folder) -> nn.Linear:
+    """The layer that a quantized weight belongs to."""
+    module = dict(model.named_modules()).get(name)
+    if not isinstance(module, nn.Linear):
+        found = "has no such module" if module is None else f"has a {type(module).__name__} there"
+        raise ModelError(f"{folder.path}: {name} is stored as a quantized linear layer, the model {found}")
+    return module
+
+
+def _tie(lazy: LazyModel) -> None:
+    """Make tied parameters one object, so that moving the model does not pull them apart."""
+    parameters = dict(lazy.module.named_parameters(remove_duplicate=False))
+    for name, source in lazy.tied.items():
+        if name in parameters and source in parameters:
+            owner, _, leaf = name.rpartition(".")
+            lazy.module.get_submodule(owner).register_parameter(leaf, parameters[source])
+
+
+def _fill_buffers(model: nn.Module, weights: QuantizedWeights, device: str) -> None:
+    """Buffers are real from the start; those that the checkpoint stores take their stored values."""
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        stored = weights.read(name).to(buffer.dtype) if name in weights.tensors else buffer
+        setattr(model.get_submodule(owner), leaf, stored.to(device))
+
+
+def _read_generation_config(model: Any, folder: Folder) -> None:
+    from transformers import GenerationConfig
+
+    if (folder.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder.path)

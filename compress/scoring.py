@@ -1,0 +1,132 @@
+"""Scoring of folders: ours, an original, or anyone's.
+
+Folders that netsuke reads are streamed block by block in float32 from their files, so a model larger than memory can
+be scored, and what is scored is what ships. Formats that only their own loader reads are loaded by transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint.weights import open_model
+from compress.errors import DataError, ModelError, NumericalError, RequestError, eval_package
+from compress.models.headers import read_json
+from compress.models.store import load_tokenizer, local_folder
+
+Progress = Callable[[str, float, str], None]
+"""Called with the phase, the share of the whole that is done (0…1), and a few words."""
+STREAMED = {None, "compressed-tensors"}
+"""Quantization methods whose folders are streamed."""
+
+
+@contextmanager
+def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Tensor]]:
+    """A folder as a function from token ids [batch, length] to logits [batch, length, vocabulary], in float32."""
+    config = read_json(folder / "config.json")
+    if config.get("quantization_config", {}).get("quant_method") in STREAMED:
+        model = open_model(folder, device=device)
+        if model.anatomy.head is None:
+            raise ModelError(
+                f"{folder}: is an encoder without a head over the vocabulary; it has no perplexity"
+            )
+        with model.streamed():
+            yield model.logits
+        return
+    from transformers import AutoModelForCausalLM
+
+    with eval_package():
+        from eval.evaluate import logits_of
+    yield logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+
+def score_streams(
+    model: Path,
+    baseline: Path | None,
+    tokenizer: Any,
+    texts: Mapping[str, Tensor],
+    *,
+    context: int,
+    limit: int | None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Score token streams by name; with a baseline, both models see the same tokens."""
+    with eval_package():
+        from eval.evaluate import ScoreError, score_texts
+
+    def tell(name: str, done: int, total: int) -> None:
+        if progress:
+            progress("score", done / total, f"{name}: {done} of {total} windows")
+
+    try:
+        with opened(model, device) as logits:
+            if baseline is None:
+                return score_texts(logits, tokenizer, texts, context=context, limit=limit, progress=tell)
+            with opened(baseline, device) as original:
+                return score_texts(
+                    logits, tokenizer, texts, baseline=original, context=context, limit=limit, progress=tell
+                )
+    except ScoreError as error:
+        raise NumericalError(str(error)) from error
+
+
+def read_streams(files: Sequence[Path], tokenizer: Any) -> dict[str, Tensor]:
+    """Token streams of text files by file name. Raises DataError where one cannot be used."""
+    with eval_package():
+        from eval.texts import TextError, read_documents, tokenize
+    try:
+        return {file.name: tokenize(read_documents(file, tokenizer), tokenizer) for file in files}
+    except TextError as error:
+        raise DataError(str(error)) from error
+
+
+def score(
+    model: str,
+    *,
+    baseline: str | None = None,
+    texts: Sequence[Path] = (),
+    tasks: Sequence[str] = (),
+    context: int | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What `netsuke eval` prints: texts and tasks of one folder or hub id, against a baseline where one is given."""
+    if not texts and not tasks:
+        raise RequestError("nothing to score: give --text FILE, or --tasks a,b")
+    folder = local_folder(model)
+    tokenizer = load_tokenizer(folder)
+    original = local_folder(baseline) if baseline else None
+    with eval_package():
+        from eval.evaluate import default_context
+    from transformers import AutoConfig
+
+    length = context or default_context(AutoConfig.from_pretrained(folder))
+    scores = []
+    if texts:
+        streams = read_streams(texts, tokenizer)
+        scores = score_streams(
+            folder, original, tokenizer, streams, context=length, limit=limit, progress=progress
+        )
+    return {
+        "model": model,
+        "baseline": baseline,
+        "texts": scores,
+        "tasks": _tasks(folder, tokenizer, tasks, limit) if tasks else {},
+    }
+
+
+def _tasks(folder: Path, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> dict[str, Any]:
+    from compress.runtime.load import load
+
+    with eval_package():
+        from eval.tasks import TasksError, run_tasks
+    try:
+        return run_tasks(load(folder)[0], tokenizer, list(tasks), limit)
+    except TasksError as error:
+        raise RequestError(str(error)) from error

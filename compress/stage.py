@@ -1,0 +1,46 @@
+"""The contract every stage honours.
+
+A stage is a frozen dataclass: its fields are what a recipe may say, `apply` is what it does to one transformer block.
+The walk hands it a block whose predecessors are finished; the stage observes what it needs, rewrites or quantizes
+layers, and reports each. After `apply` the block still runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from compress.calibrate.block import Block
+from compress.core.scheme import Grid
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a stage did to one layer."""
+
+    name: str
+    scheme: str
+    error: float
+    """Relative squared error of the layer's output on the calibration inputs; of its weight where none were seen."""
+    fallback: str | None = None
+    """What had to be done instead of the method asked for, and why."""
+
+
+class Stage(Protocol):
+    """One step of a recipe that works block by block."""
+
+    name: ClassVar[str]
+    """Its key in a recipe."""
+    quantizes: ClassVar[bool]
+    """True: the stage owns layers and gives them their grid. False: it rewrites them, function preserved."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration inputs."""
+        ...
+
+    def apply(self, block: Block, grids: Mapping[str, Grid]) -> list[LayerReport]:
+        """Work on one block. `grids`: the layers a quantizer owns here, or, for a transform, the final grid of
+        every layer that a later stage quantizes."""
+        ...

@@ -1,0 +1,138 @@
+"""Which kernel runs which layer: a table, read from the top; the first kernel that has no objection takes it.
+
+To add a kernel, write a file with its contract, objection, packing, launcher and row dequantizer, and add
+its line to `KERNELS` above those it should be preferred to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant_kernels import cpu, reference
+from quant_kernels.layout import LinearSpec, Packed, check
+from quant_kernels.reference import DequantizeRows
+
+Objection = Callable[[LinearSpec], str | None]
+"""Why a kernel cannot run a layer, as the rest of a sentence that starts with its name; None where it can."""
+Pack = Callable[[Tensor, Tensor, Tensor | None, int], Packed]
+"""(codes, scale, zero_point, bits) → the kernel's layout."""
+Linear = Callable[[Tensor, Packed, Tensor | None], Tensor]
+"""(x [tokens, in], weight, bias) → [tokens, out]."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a quantized linear layer."""
+
+    name: str
+    devices: tuple[str, ...]
+    """Types of device it runs on; empty: all."""
+    dtypes: tuple[torch.dtype, ...]
+    """Types of activations it takes; empty: all floats."""
+    summary: str
+    objection: Objection
+    pack: Pack
+    linear: Linear
+    dequantize_rows: DequantizeRows
+
+
+BF16 = (torch.bfloat16,)
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("cpu_int4", ("cpu",), BF16, "torch's int4 matrix product",
+           cpu.int4_objection, cpu.pack_int4, cpu.linear_int4, cpu.dequantize_int4_rows),
+    Kernel("cpu_int8", ("cpu",), BF16, "torch's int8 matrix product",
+           cpu.int8_objection, cpu.pack_int8, cpu.linear_int8, cpu.dequantize_int8_rows),
+    Kernel("reference", (), (), "dequantizes a chunk of rows at a time, then torch's matrix product",
+           reference.objection, reference.pack, reference.linear_reference, reference.dequantize_rows),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The kernel a layer would run on, and why that one."""
+
+    name: str
+    reason: str
+
+
+def choose(
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    dtype: torch.dtype,
+    device: str,
+    in_features: int,
+    out_features: int,
+) -> Backend:
+    """The kernel for a layer: `bits` and `group_size` of its weight, `dtype` of its activations."""
+    spec = LinearSpec(
+        bits, group_size, symmetric, dtype, torch.device(device).type, in_features, out_features
+    )
+    objections: list[str] = []
+    for kernel in KERNELS:
+        if kernel.devices and spec.device not in kernel.devices:
+            continue
+        objection = kernel.objection(spec) or _dtype_objection(kernel, spec.dtype)
+        if objection is None:
+            return Backend(kernel.name, "; ".join([kernel.summary, *objections]))
+        objections.append(f"{kernel.name} {objection}")
+    raise AssertionError("the last kernel of the table takes every layer")
+
+
+def pack(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    bits: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> Packed:
+    """A weight in the layout of the kernel chosen for it, on `device`.
+
+    codes: int8 [out, in], signed; scale: float [out, groups]; zero_point: int8 [out, groups] or None for a
+    symmetric weight; dtype: of the activations to come. Raises ValueError where these are not a weight.
+    """
+    check(codes, scale, zero_point, bits)
+    rows, columns = codes.shape
+    backend = choose(bits, columns // scale.shape[1], zero_point is None, dtype, device, columns, rows)
+    moved = None if zero_point is None else zero_point.to(device)
+    return _kernel(backend.name).pack(codes.to(device), scale.to(device), moved, bits)
+
+
+def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] → [..., out] in the type of x. Raises ValueError where x does not suit the weight."""
+    kernel = _kernel(packed.kernel)
+    if x.shape[-1] != packed.in_features:
+        raise ValueError(f"x has shape {[*x.shape]}, but the layer has in_features={packed.in_features}")
+    if x.device != packed.codes.device or (kernel.devices and x.device.type not in kernel.devices):
+        raise ValueError(
+            f"x is on {x.device}, the weight on {packed.codes.device} in the layout of {kernel.name}. "
+            "Load the model again for that device"
+        )
+    if unsuited := _dtype_objection(kernel, x.dtype):
+        raise ValueError(f"{kernel.name} {unsuited}. Load the model again with the dtype you want")
+    tokens = x.reshape(-1, packed.in_features).contiguous()
+    return kernel.linear(tokens, packed, bias).view(*x.shape[:-1], packed.out_features)
+
+
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [out, in] that the layer computes with."""
+    return _kernel(packed.kernel).dequantize_rows(packed, 0, packed.out_features, dtype)
+
+
+def _dtype_objection(kernel: Kernel, dtype: torch.dtype) -> str | None:
+    if not kernel.dtypes or dtype in kernel.dtypes:
+        return None
+    takes, got = (" or ".join(str(each).removeprefix("torch.") for each in types)
+                  for types in (kernel.dtypes, (dtype,)))  # fmt: skip
+    return f"needs {takes} activations, not {got}"
+
+
+def _kernel(name: str) -> Kernel:
+    return next(kernel for kernel in KERNELS if kernel.name == name)

@@ -1,0 +1,73 @@
+"""What every test may use: the real models and texts where they are present, and small real runs."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of trained models and texts beside the checkout, or a skip that says so."""
+    if not ASSETS.is_dir():
+        pytest.skip("needs the trained models and texts of ../shared/assets, which are not here")
+    return ASSETS
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of three small Llama blocks, random weights in bfloat16, with a byte-level tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl file of forty documents, each a few hundred bytes of seeded words."""
+    words = random.Random(0)
+    vocabulary = "the carver leaves only what matters and every detail of a small thing is kept".split()
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    documents = [" ".join(words.choices(vocabulary, k=80)) for _ in range(40)]
+    file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return file
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte a token, plus `<s>`, which is put before each text, and `</s>`."""
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
