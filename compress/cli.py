@@ -83,9 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = add("eval", _eval, "score a model, alone or against a baseline")
     evaluate.add_argument("model", metavar="MODEL")
-    evaluate.add_argument(
-        "--baseline", metavar="MODEL", help="the original, to compare with on the same tokens"
-    )
+    evaluate.add_argument("--baseline", metavar="MODEL", help="the original, to compare with on the same tokens")
     evaluate.add_argument(
         "--text", action="append", default=[], metavar="FILE", help=".jsonl, .txt or .parquet; repeatable"
     )
@@ -101,9 +99,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     _json_argument(generate)
 
-    demo = add(
-        "demo", _demo, "train a small model, compress it four ways, show what it cost; no network needed"
-    )
+    demo = add("demo", _demo, "train a small model, compress it four ways, show what it cost; no network needed")
     demo.add_argument("folder", nargs="?", default="netsuke-demo", metavar="DIR")
     _json_argument(demo)
 
@@ -179,9 +175,7 @@ def _recipes(arguments: argparse.Namespace) -> int:
         )
         return 0
     recipe = load(arguments.name)
-    text = (
-        recipes[arguments.name].read_text() if arguments.name in recipes else Path(arguments.name).read_text()
-    )
+    text = recipes[arguments.name].read_text() if arguments.name in recipes else Path(arguments.name).read_text()
     if arguments.json:
         _print(arguments, {"name": recipe.name, "recipe": text}, [])
     else:
@@ -268,7 +262,9 @@ def _print(arguments: argparse.Namespace, result: Any, lines: Any) -> None:
         for row in lines:
             table.add_row(*row)
         lines = table
-    Console().print(lines)
+    console = Console()
+    console.width = console.width if console.is_terminal else max(console.width, 140)
+    console.print(lines)
 
 
 def _complain(sentence: str) -> None:

@@ -40,9 +40,7 @@ def describe(device: str) -> str:
         major, minor = torch.cuda.get_device_capability()
         return f"cuda ({torch.cuda.get_device_name()}, compute capability {major}.{minor})"
     capabilities = torch.cpu.get_capabilities()
-    extras = [
-        name for name in ("avx512_bf16", "amx_bf16", "avx512_vnni", "amx_int8") if capabilities.get(name)
-    ]
+    extras = [name for name in ("avx512_bf16", "amx_bf16", "avx512_vnni", "amx_int8") if capabilities.get(name)]
     return f"cpu ({', '.join([instruction_set(), *extras])}; {torch.get_num_threads()} threads)"
 
 
@@ -59,9 +57,7 @@ def _backend(bits: int, device: str) -> dict[str, str]:
     error = kernel_error(grid, dtype, device)
     verdict = f"agrees with the reference to {error:.1e}"
     if not error <= TOLERANCE:
-        verdict = (
-            f"COMPUTES WRONGLY HERE, relative error {error:.1e}: load with dtype=torch.float32 and report it"
-        )
+        verdict = f"COMPUTES WRONGLY HERE, relative error {error:.1e}: load with dtype=torch.float32 and report it"
     groups = "one scale per channel" if grid.group_size is None else f"groups of {grid.group_size}"
     return {"backend": chosen.name, "reason": f"{groups}, bfloat16: {chosen.reason}; {verdict}"}
 

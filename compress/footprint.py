@@ -16,16 +16,40 @@ if TYPE_CHECKING:
 IMPORTS = 430 << 20
 """Resident memory of the interpreter with torch and transformers imported and warmed up, measured on Linux."""
 BATCH_TOKENS = 4096
+"""Tokens in one batch of the walk."""
+WIDE = 8192
+"""Columns from which on statistics are kept in float32."""
+HESSIANS = 3
+"""Copies of the statistics while they are factorised."""
+COPIES = 5
+"""Float32 copies of one layer's weight while it is quantized."""
 SCORING_BYTES = 64 << 20
+"""Float32 logits of one batch while scoring."""
+LOGITS = 5
+"""Times a batch of logits is held: both models, their log-probabilities, what is made of them."""
 
 
 def peak_memory(plan: Plan) -> int:
     """Predicted peak resident memory of a run in bytes: the largest phase on top of the imports.
 
-    One block in the compute dtype, the widest site's statistics with what their factorisation needs, one batch on
-    its way through the block; or, while scoring, one batch of logits with the embedding and the head.
+    Walking: one block in the compute dtype, its integer codes and their packed form, the widest site's statistics
+    with what their factorisation needs, one batch on its way through the block. Scoring: embedding, head and one
+    block of both models in float32, and one batch of logits a few times over.
     """
-    raise NotImplementedError
+    inside = [layer for layer in plan.layers if layer.block == 0]
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in inside)
+    outside = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers if layer.block is None)
+    columns = max(layer.shape[1] for layer in inside)
+    widest = max(layer.shape[0] * layer.shape[1] for layer in inside)
+    stored = tensor_bytes(plan.layers[0].dtype, (1,))
+    calibrated = any(stage.calibrated for stage in plan.recipe.stages)
+    tokens = min(BATCH_TOKENS, plan.windows * plan.sequence_length)
+    statistics = HESSIANS * columns**2 * (8 if columns < WIDE else 4) if calibrated else 0
+    batch = tokens * 4 * sum(layer.shape[0] for layer in inside)
+    walking = weights * (stored + 2) + max(statistics, batch) + COPIES * 4 * widest
+    scoring = 2 * 4 * (outside + weights) + LOGITS * SCORING_BYTES if plan.anatomy.head else 0
+    writing = 2 * stored * outside
+    return IMPORTS + max(walking, scoring, writing)
 
 
 def memory_now() -> int:

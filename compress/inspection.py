@@ -23,9 +23,7 @@ def inspect(path: Path) -> dict[str, Any]:
     grids = form.grids(quantization, tensors) if form and quantization else {}
     owners: dict[str, list[str]] = {}
     for name in tensors:
-        owner = next(
-            (layer for layer in (name.rpartition(".")[0],) if layer in grids), name.removesuffix(".weight")
-        )
+        owner = next((layer for layer in (name.rpartition(".")[0],) if layer in grids), name.removesuffix(".weight"))
         owners.setdefault(owner, []).append(name)
     layers = []
     weights = bits = 0

@@ -161,9 +161,7 @@ class _Job:
             self.folder.write_shard(block.index, shard)
             self.manifest.blocks = block.index + 1
             self.manifest.save()
-            self.say(
-                "blocks", f"block {min(block.index + 2, self.plan.num_blocks)} of {self.plan.num_blocks}"
-            )
+            self.say("blocks", f"block {min(block.index + 2, self.plan.num_blocks)} of {self.plan.num_blocks}")
             del shard, outputs
 
     def work(self, block: Block) -> None:
@@ -201,9 +199,7 @@ class _Job:
         weights = self.model.weights
         prefix = f"{self.plan.anatomy.blocks}."
         rest = {
-            header.name: weights.read(name)
-            for name, header in weights.tensors.items()
-            if not name.startswith(prefix)
+            header.name: weights.read(name) for name, header in weights.tensors.items() if not name.startswith(prefix)
         }
         self.folder.write_shard(self.plan.num_blocks, rest)
         del rest
@@ -299,7 +295,7 @@ class _Job:
         fallbacks = [
             f"{layer['name']}: {layer['fallback']}"
             for stage in stages
-            for layer in stage["layers"]  # type: ignore[union-attr]
+            for layer in stage["layers"]
             if layer["fallback"]
         ]
         return {
@@ -338,13 +334,9 @@ class _Job:
     def say(self, phase: str, words: str, share: float = 0.0) -> None:
         """Report progress as a share of the whole run, each phase weighted by the tokens it has to push."""
         blocks = self.windows.tokens.numel() * (3.0 if self.plan.calibrated else 1.0)
-        scoring = (
-            2.0 * self.plan.recipe.evaluation.samples * self.plan.context if self.windows.unused else 1.0
-        )
+        scoring = 2.0 * self.plan.recipe.evaluation.samples * self.plan.context if self.windows.unused else 1.0
         whole = blocks + scoring
-        done = blocks * self.manifest.blocks / self.plan.num_blocks + (
-            scoring * share if phase == "score" else 0.0
-        )
+        done = blocks * self.manifest.blocks / self.plan.num_blocks + (scoring * share if phase == "score" else 0.0)
         self.tell(phase, done / whole, words)
 
     def _activations(self, index: int) -> Path:

@@ -7,11 +7,11 @@ exactly this plan.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from compress import lint
 from compress.checkpoint import FORMATS, Format, format_for
 from compress.core.scheme import Grid
 from compress.errors import ModelError, RecipeError
@@ -163,12 +163,14 @@ def make_plan(recipe: Recipe, folder: Folder) -> Plan:
     problems: list[str] = []
     form = _format(recipe)
     owner, reasons = _assign(recipe, candidates, problems)
-    _check_stages(recipe, anatomy, owner, problems)
     grids = {name: recipe.stages[stage].grid for name, stage in owner.items()}
-    _check_grids(
-        recipe, owner, grids, {layer.name: layer for layer in candidates}, tensors, anatomy, form, problems
-    )
-    _check_fused(anatomy, candidates, grids, problems)
+    shapes = {
+        layer.name: _shape(tensors[f"{layer.name}.weight"], anatomy) for layer in candidates if layer.name in grids
+    }
+    problems += lint.stages(recipe, anatomy, owner)
+    problems += lint.groups(recipe, owner, grids, shapes)
+    problems += lint.storage(recipe, owner, grids, shapes, candidates, form)
+    problems += lint.fused(anatomy, candidates, grids)
     if problems:
         raise RecipeError(problems)
     layers = tuple(
@@ -211,9 +213,7 @@ def _format(recipe: Recipe) -> Format:
     if wanted not in FORMATS:
         where = recipe.where("checkpoint", "format")
         known = ", ".join(FORMATS)
-        raise RecipeError(
-            f"{where}: there is no format {wanted!r}.{did_you_mean(wanted, FORMATS)} There are {known}"
-        )
+        raise RecipeError(f"{where}: there is no format {wanted!r}.{did_you_mean(wanted, FORMATS)} There are {known}")
     return format_for(recipe.checkpoint)
 
 
@@ -229,26 +229,20 @@ def _candidates(anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> list[L
                 layers.append(LayerName(name, role, kind))
         index += 1
     if not layers:
-        raise ModelError(
-            f"no linear layer found under {anatomy.blocks!r}, where the {anatomy.family} family has them"
-        )
+        raise ModelError(f"no linear layer found under {anatomy.blocks!r}, where the {anatomy.family} family has them")
     outside = [(anatomy.embedding, "embedding", "Embedding"), (anatomy.head or "", "lm_head", "Linear")]
     layers += [LayerName(*entry) for entry in outside if f"{entry[0]}.weight" in tensors]
     return layers
 
 
-def _assign(
-    recipe: Recipe, layers: Sequence[LayerName], problems: list[str]
-) -> tuple[dict[str, int], dict[str, str]]:
+def _assign(recipe: Recipe, layers: Sequence[LayerName], problems: list[str]) -> tuple[dict[str, int], dict[str, str]]:
     """Which stage quantizes each layer, and why the others are kept."""
     owner: dict[str, int] = {}
     reasons = {layer.name: "outside the blocks" for layer in layers if layer.role in {"embedding", "lm_head"}}
     inside = [layer.name for layer in layers if layer.name not in reasons]
     known = list(layers)
     if not any(layer.role == "lm_head" for layer in layers):
-        known.append(
-            LayerName("lm_head", "lm_head", "Linear")
-        )  # tied: may be named, has no weight of its own
+        known.append(LayerName("lm_head", "lm_head", "Linear"))  # tied: may be named, has no weight of its own
     for index, stage in enumerate(recipe.stages):
         if not stage.quantizes:
             continue
@@ -257,9 +251,7 @@ def _assign(
         outside = [name for name in chosen if name not in inside]
         if outside:
             where = recipe.where("stages", index, stage.name, "layers")
-            problems.append(
-                f"{where}: {', '.join(outside)}: embeddings and heads keep their precision; leave them out"
-            )
+            problems.append(f"{where}: {', '.join(outside)}: embeddings and heads keep their precision; leave them out")
         for name in inside if not stage.layers else [name for name in chosen if name in inside]:
             if name in ignored:
                 reasons[name] = f"ignored by {ignored[name]!r}"
@@ -284,85 +276,8 @@ def _resolve(
     """Layer name → the selector that names it."""
     names_by_selector, unmatched = select(selectors, layers)
     where = recipe.where("stages", index, recipe.stages[index].name, key)
-    problems += [
-        f"{where}: stages[{index}].{recipe.stages[index].name}.{key}: {problem}" for problem in unmatched
-    ]
+    problems += [f"{where}: stages[{index}].{recipe.stages[index].name}.{key}: {problem}" for problem in unmatched]
     return {name: selector for selector, names in names_by_selector.items() for name in names}
-
-
-def _check_stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], problems: list[str]) -> None:
-    quantizers = [index for index, stage in enumerate(recipe.stages) if stage.quantizes]
-    for index, stage in enumerate(recipe.stages):
-        where = recipe.where("stages", index, stage.name)
-        if stage.quantizes and index not in owner.values():
-            problems.append(
-                f"{where}: stages[{index}].{stage.name} would change nothing: no layer is left for it"
-            )
-        if not stage.quantizes and not any(later > index for later in quantizers):
-            problems.append(
-                f"{where}: {stage.name} prepares weights for a quantizer; put rtn or gptq after it"
-            )
-        if not stage.quantizes and any(earlier < index for earlier in quantizers):
-            problems.append(f"{where}: {stage.name} must come before every quantizer")
-        if not stage.quantizes and not any(site.source for site in anatomy.sites):
-            problems.append(
-                f"{where}: {stage.name} has nowhere to fold its scales in the {anatomy.family} family"
-            )
-
-
-def _check_grids(
-    recipe: Recipe,
-    owner: Mapping[str, int],
-    grids: Mapping[str, Grid],
-    layers: Mapping[str, LayerName],
-    tensors: Mapping[str, TensorHeader],
-    anatomy: Anatomy,
-    form: Format,
-    problems: list[str],
-) -> None:
-    """Groups must divide rows, and the checkpoint format must be able to hold each layer."""
-    for name, grid in grids.items():
-        header = tensors[f"{name}.weight"]
-        stage = recipe.stages[owner[name]]
-        shape = _shape(header, anatomy)
-        where = recipe.where("stages", owner[name], stage.name, "group_size")
-        try:
-            grid.num_groups(shape[1])
-        except ValueError as error:
-            fits = [size for size in (256, 128, 64, 32, 16) if shape[1] % size == 0]
-            fix = (
-                f"Use {' or '.join(map(str, fits[:2]))}"
-                if fits
-                else "Use group_size: null (one scale per channel)"
-            )
-            problems.append(f"{where}: {name}: {error}. {fix}, or add it to 'ignore'")
-            continue
-        problems += [f"{where}: {problem}" for problem in form.problems(name, layers[name].kind, shape, grid)]
-
-
-def _check_fused(
-    anatomy: Anatomy, layers: Sequence[LayerName], grids: Mapping[str, Grid], problems: list[str]
-) -> None:
-    """Layers that a serving engine runs as one matrix must be quantized alike."""
-    present = {layer.name for layer in layers}
-    for site in anatomy.sites:
-        if not site.fused:
-            continue
-        by_block: dict[str, dict[str, Grid | None]] = defaultdict(dict)
-        for local in site.layers:
-            for name in present:
-                if name.startswith(f"{anatomy.blocks}.") and name.endswith(f".{local}"):
-                    by_block[name.removesuffix(local)][local] = grids.get(name)
-        for prefix, found in sorted(by_block.items()):
-            if len(set(found.values())) > 1:
-                told = ", ".join(
-                    f"{name} {grid.scheme if grid else 'kept'}" for name, grid in sorted(found.items())
-                )
-                problems.append(
-                    f"{prefix[:-1]}: {told}: serving engines run these as one matrix; "
-                    "give them the same scheme and group_size, or ignore all of them"
-                )
-                break
 
 
 def _shape(header: TensorHeader, anatomy: Anatomy) -> tuple[int, int]:
@@ -384,9 +299,7 @@ def _layer_plan(
     shape = _shape(header, anatomy) if inside else (header.shape[0], header.shape[1])
     after = header.nbytes
     if grid:
-        after = sum(
-            tensor_bytes(*entry) for entry in form.layout(layer.name, shape, grid, header.dtype).values()
-        )
+        after = sum(tensor_bytes(*entry) for entry in form.layout(layer.name, shape, grid, header.dtype).values())
     return LayerPlan(
         name=layer.name,
         role=layer.role,

@@ -118,9 +118,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse(text, source, overrides)
 
 
-def parse(
-    text: str, source: str, overrides: Sequence[str] = (), table: Mapping[str, type] | None = None
-) -> Recipe:
+def parse(text: str, source: str, overrides: Sequence[str] = (), table: Mapping[str, type] | None = None) -> Recipe:
     """Turn YAML into a Recipe. `table`: stage classes by name. Raises RecipeError with every problem."""
     draft = _Draft(source, stage_table() if table is None else table)
     draft.read(text)
@@ -238,9 +236,7 @@ class _Draft:
             at = place(mark) if mark else _nearest(self.positions, path)
             raise RecipeError([*self.problems, f"{at}: this is not YAML: {reason}."]) from error
 
-    def _plain(
-        self, loader: _Loader, node: yaml.Node, path: KeyPath, place: Callable[[yaml.Mark], str]
-    ) -> Any:
+    def _plain(self, loader: _Loader, node: yaml.Node, path: KeyPath, place: Callable[[yaml.Mark], str]) -> Any:
         """The value of a node, in dicts, lists and scalars, with the place of each of its parts recorded."""
         if isinstance(node, yaml.MappingNode):
             tree: dict[str, Any] = {}

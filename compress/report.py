@@ -1,8 +1,8 @@
 """The report of a run: report.json for scripts, report.html for people, a few lines for the terminal.
 
-All three come from one dict, the one `compress.run` returns. A number that is not finite is null in the JSON and
-absent elsewhere. What did not go as the recipe asked (a gate missed, a layer that fell back on another method) is
-said at the top. `compress.report_words` finds the words, `compress.report_page` draws the elements.
+All three come from one dict, the one `compress.run` returns. A number that is not finite is null in the JSON
+and absent elsewhere. What did not go as the recipe asked (a gate missed, a layer that fell back on another
+method) is said at the top. `compress.report_words` finds the words, `compress.report_page` draws the elements.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def finite(value: Any) -> Any:
 
 
 def _figures(report: Report) -> Iterator[tuple[str, str]]:
-    yield "times smaller", f"{report['bytes_before'] / report['bytes_after']:.2f}×"
+    yield "smaller", f"{report['bytes_before'] / report['bytes_after']:.2f}×"
     if bits := report.get("bits_per_weight"):
         yield "bits per weight", f"{bits:.2f}"
     first = next(iter(texts(report)), {})
@@ -161,8 +161,7 @@ def _scores(scored: Report | None, reason: str | None = None) -> list[Html]:
     if not scored:
         return [section("Scores", note(f"Not scored: {reason}"))] if reason else []
     rows = [
-        [text["name"], *(_number(text.get(key), form) for key, (_, form) in SCORES.items())]
-        for text in scored["texts"]
+        [text["name"], *(_number(text.get(key), form) for key, (_, form) in SCORES.items())] for text in scored["texts"]
     ]
     tasks = [
         [name, metric, _number(value, "{:.4f}"), _number(metrics.get("stderr"), "{:.4f}")]

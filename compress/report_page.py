@@ -1,8 +1,9 @@
 """The elements of a report's page: one HTML file that needs nothing but a browser.
 
-This module knows tables, bars and heat maps, not what a run is; `compress.report` decides what is shown. Every
-function takes plain values and returns `Html`. What is not `Html` yet is escaped by `markup` on its way in, so a
-layer's name can never become a tag. The style and the script stand beside this file and are written into the page.
+This module knows tables, bars and heat maps, not what a run is; `compress.report` decides what is shown.
+Every function takes plain values and returns `Html`. What is not `Html` yet is escaped by `markup` on its way
+in, so a layer's name can never become a tag. The style and the script stand beside this file and are written
+into the page.
 """
 
 from __future__ import annotations
@@ -99,9 +100,12 @@ def note(text: object) -> Html:
 
 
 def notices(texts: Sequence[str]) -> Html:
-    """What the reader must not miss, or nothing."""
-    items = join(Html(f"<li>{markup(text)}</li>\n") for text in texts)
-    return Html(f'<ul class="notices">\n{items}</ul>\n') if texts else Html()
+    """What the reader must not miss, or nothing; a long list folds its end away."""
+    items = [Html(f"<li>{markup(text)}</li>\n") for text in texts]
+    first, rest = items[:6], items[6:]
+    if rest:
+        first.append(Html(f"<li>{fold(f'{len(rest)} more', Html(f'<ul>{join(rest)}</ul>'))}</li>\n"))
+    return Html(f'<ul class="notices">\n{join(first)}</ul>\n') if texts else Html()
 
 
 def figures(values: Mapping[str, str]) -> Html:
@@ -145,8 +149,7 @@ def table(
         return Html()
     inner = "<button>{}</button>" if sortable else "{}"
     head = "".join(
-        f'<th scope="col"{_number_class(rows[0][index])}>{inner.format(markup(columns[index]))}</th>'
-        for index in kept
+        f'<th scope="col"{_number_class(rows[0][index])}>{inner.format(markup(columns[index]))}</th>' for index in kept
     )
     strong = set(marked)
     body = "".join(
@@ -200,7 +203,7 @@ def heat_map(rows: Mapping[str, Mapping[int, Square]], axis: str) -> Html:
     columns = sorted({column for row in rows.values() for column in row})
     if not columns:
         return Html()
-    step = min(72.0, WIDTH / len(columns))
+    step = min(WIDTH / 6, WIDTH / len(columns))
     shades = _shades([square.value for row in rows.values() for square in row.values()])
     width, height = GUTTER + step * len(columns), HEIGHT * len(rows)
     left = {column: GUTTER + step * place for place, column in enumerate(columns)}
@@ -213,13 +216,14 @@ def heat_map(rows: Mapping[str, Mapping[int, Square]], axis: str) -> Html:
             drawn.append(_square(square, shades, left[column], HEIGHT * line, step))
     return Html(
         f'<div class="scroll"><svg class="heat" role="img" aria-label="{markup(axis)}" '
-        f'viewBox="0 0 {width:.0f} {height + 40}" style="max-width:{width:.0f}px">\n{"".join(drawn)}</svg></div>\n'
+        f'viewBox="0 0 {width:.0f} {height + 40}" style="max-width:{width:.0f}px;min-width:{min(width, 520):.0f}px">\n'
+        f"{''.join(drawn)}</svg></div>\n"
     )
 
 
 def _square(square: Square, shades: Mapping[float | None, float], x: float, y: float, step: float) -> str:
     shade = shades[square.value]
-    kind = " ".join(name for name, holds in (("marked", square.marked), ("deep", shade > 0.55)) if holds)
+    kind = " ".join(name for name, holds in (("marked", square.marked), ("deep", shade > 0.72)) if holds)
     gap = min(2.0, step / 8)
     label = _label("value", x + step / 2, y + HEIGHT / 2 + 4, square.label) if step >= LEGIBLE else ""
     return (
@@ -234,9 +238,11 @@ def _label(kind: str, x: float, y: float, text: object) -> str:
 
 
 def _shades(values: Iterable[float | None]) -> dict[float | None, float]:
-    """How strongly to lay on the accent, 0…1, by value: logarithmic from the least positive to the greatest."""
+    """How strongly to lay on the accent, 0…1, by value: by its logarithm, from the least to the greatest."""
     known = {value for value in values if value is not None}
     logs = {value: math.log(value) for value in known if value > 0}
     low, high = min(logs.values(), default=0.0), max(logs.values(), default=0.0)
-    shades = {value: 0.08 + 0.84 * (log - low) / ((high - low) or 1.0) for value, log in logs.items()}
-    return {None: 0.0, **dict.fromkeys(known, 0.04), **shades}
+    shades: dict[float | None, float] = {None: 0.0, **dict.fromkeys(known, 0.04)}
+    for value, log in logs.items():
+        shades[value] = 0.08 + 0.84 * (log - low) / ((high - low) or 1.0)
+    return shades

@@ -24,9 +24,7 @@ def verdict(report: Report) -> str:
     told = f" ({bits:.2f} bits per weight in the quantized layers)" if bits else ""
     name, recipe = model_name(report["model"]), report["recipe_name"]
     verb = "shrank" if after < before else "grew"
-    return " ".join(
-        [f"{recipe} {verb} {name} from {size(before)} to {size(after)}{told}.", *map(said, texts(report))]
-    )
+    return " ".join([f"{recipe} {verb} {name} from {size(before)} to {size(after)}{told}.", *map(said, texts(report))])
 
 
 def said(text: Report) -> str:
@@ -53,9 +51,7 @@ def measures(text: Report) -> list[str]:
 
 def alarms(report: Report) -> list[str]:
     """What did not go as the recipe asked: gates, fallbacks, and the run's own warnings; each once."""
-    missed = [
-        f"gate {gate['name']}: {gate_said(gate)}" for gate in report.get("gates") or () if not gate["met"]
-    ]
+    missed = [f"gate {gate['name']}: {gate_said(gate)}" for gate in report.get("gates") or () if not gate["met"]]
     fallbacks = [f"{layer['name']}: {layer['fallback']}" for _, layer in layers(report) if layer["fallback"]]
     return list(dict.fromkeys([*missed, *fallbacks, *(report.get("warnings") or ())]))
 

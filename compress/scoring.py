@@ -32,9 +32,7 @@ def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Ten
     if config.get("quantization_config", {}).get("quant_method") in STREAMED:
         model = open_model(folder, device=device)
         if model.anatomy.head is None:
-            raise ModelError(
-                f"{folder}: is an encoder without a head over the vocabulary; it has no perplexity"
-            )
+            raise ModelError(f"{folder}: is an encoder without a head over the vocabulary; it has no perplexity")
         with model.streamed():
             yield model.logits
         return
@@ -79,9 +77,10 @@ def score_streams(
 def read_streams(files: Sequence[Path], tokenizer: Any) -> dict[str, Tensor]:
     """Token streams of text files by file name. Raises DataError where one cannot be used."""
     with eval_package():
-        from eval.texts import TextError, read_documents, tokenize
+        from eval.texts import TextError
+        from eval.texts import read_streams as read
     try:
-        return {file.name: tokenize(read_documents(file, tokenizer), tokenizer) for file in files}
+        return read(files, tokenizer)
     except TextError as error:
         raise DataError(str(error)) from error
 
@@ -110,9 +109,7 @@ def score(
     scores = []
     if texts:
         streams = read_streams(texts, tokenizer)
-        scores = score_streams(
-            folder, original, tokenizer, streams, context=length, limit=limit, progress=progress
-        )
+        scores = score_streams(folder, original, tokenizer, streams, context=length, limit=limit, progress=progress)
     return {
         "model": model,
         "baseline": baseline,
@@ -125,8 +122,8 @@ def _tasks(folder: Path, tokenizer: Any, tasks: Sequence[str], limit: int | None
     from compress.runtime.load import load
 
     with eval_package():
-        from eval.tasks import TasksError, run_tasks
+        from eval.tasks import TaskError, run_tasks
     try:
         return run_tasks(load(folder)[0], tokenizer, list(tasks), limit)
-    except TasksError as error:
+    except TaskError as error:
         raise RequestError(str(error)) from error

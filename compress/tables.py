@@ -76,9 +76,7 @@ def score_table(result: dict[str, Any]) -> RenderableType:
         for metric, value in metrics.items():
             if metric != "stderr":
                 error = metrics.get("stderr")
-                tasks.add_row(
-                    name, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else ""
-                )
+                tasks.add_row(name, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
     return Group(*(each for each, wanted in ((table, result["texts"]), (tasks, result["tasks"])) if wanted))
 
 

@@ -28,9 +28,7 @@ def token_losses(logits: Tensor, tokens: Tensor, chunk_bytes: int = CHUNK_BYTES)
     losses = _per_prediction(logits)
     for window, positions in _chunks(logits, chunk_bytes):
         targets = tokens[window, 1:][positions]
-        losses[window, positions] = F.cross_entropy(
-            logits[window, positions].float(), targets, reduction="none"
-        )
+        losses[window, positions] = F.cross_entropy(logits[window, positions].float(), targets, reduction="none")
     return losses
 
 

@@ -10,7 +10,6 @@ independent samples, since the tokens of one window are not.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor
 
 from eval.divergence import kl_divergence, token_losses, top1_agreement
-from eval.texts import prepended_bos, read_documents, tokenize, windows
+from eval.texts import prepended_bos, read_streams, windows
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_CONTEXT = 2048
-BATCH_BYTES = 256 << 20
+BATCH_BYTES = 64 << 20
 """What the float32 logits of one batch may take; a model streamed from disk is read once per batch."""
 MAX_BATCH = 16
 
@@ -78,7 +77,7 @@ class _Transformer:
     model: PreTrainedModel
 
     @property
-    def config(self) -> PretrainedConfig:
+    def config(self) -> PreTrainedConfig:
         return self.model.config
 
     @torch.no_grad()
@@ -96,7 +95,7 @@ def logits_of(model: PreTrainedModel) -> LogitsModel:
     return _Transformer(model)
 
 
-def default_context(config: PretrainedConfig) -> int:
+def default_context(config: PreTrainedConfig) -> int:
     """The smaller of 2048 and the longest input the model was made for; 2048 where its config names none."""
     text_config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions"):
@@ -107,7 +106,7 @@ def default_context(config: PretrainedConfig) -> int:
 
 
 def default_batch_size(context: int, vocabulary: int) -> int:
-    """The windows whose float32 logits stay under 256 MB: at least one, at most 16."""
+    """The windows whose float32 logits stay under 64 MB: at least one, at most 16."""
     return max(1, min(MAX_BATCH, BATCH_BYTES // (4 * context * vocabulary)))
 
 
@@ -135,12 +134,9 @@ def score_texts(
         context = min(_context_of(each) for each in (model, baseline) if each is not None)
     batch_size = batch_size or default_batch_size(context, len(tokenizer))
     bos = prepended_bos(tokenizer)
-    streams = texts if isinstance(texts, Mapping) else _read(texts, tokenizer)
+    streams = texts if isinstance(texts, Mapping) else read_streams(texts, tokenizer)
     cut = {name: windows(tokens, context, bos)[:limit] for name, tokens in streams.items()}
-    return [
-        score_windows(name, model, rows, baseline, batch_size, progress).as_dict()
-        for name, rows in cut.items()
-    ]
+    return [score_windows(name, model, rows, baseline, batch_size, progress).as_dict() for name, rows in cut.items()]
 
 
 def score_windows(
@@ -236,18 +232,5 @@ def _exp(who: str, loss: float) -> float:
 def _context_of(model: LogitsModel) -> int:
     config = getattr(model, "config", None)
     if config is None:
-        raise ValueError(
-            "context: a model without 'config' does not say how long its input may be; pass context"
-        )
+        raise ValueError("context: a model without 'config' does not say how long its input may be; pass context")
     return default_context(config)
-
-
-def _read(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Token streams by file name, or by path where two files share a name."""
-    num_with_name = Counter(path.name for path in paths)
-    return {
-        path.name if num_with_name[path.name] == 1 else str(path): tokenize(
-            read_documents(path, tokenizer), tokenizer
-        )
-        for path in paths
-    }

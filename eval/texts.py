@@ -13,6 +13,7 @@ file holds a document per row, as `text` or as chat `messages`.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,9 +38,7 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase | None = None)
     missing, of a kind we do not read, malformed, or without text.
     """
     if path.suffix not in SUFFIXES:
-        raise TextError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}"
-        )
+        raise TextError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise TextError(f"{path}: there is no such file; check the path")
     if path.suffix == ".txt":
@@ -69,6 +68,13 @@ def tokenize(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Te
     for index, document in enumerate(documents):
         stream += (separator if index else []) + ids(document)
     return torch.tensor(stream, dtype=torch.long)
+
+
+def read_streams(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """The token stream of each file by file name, or by path where two files share a name."""
+    num_with_name = Counter(path.name for path in paths)
+    names = [path.name if num_with_name[path.name] == 1 else str(path) for path in paths]
+    return {name: tokenize(read_documents(path, tokenizer), tokenizer) for name, path in zip(names, paths, strict=True)}
 
 
 def prepended_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -108,9 +114,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     yield f"{path}:{number}", json.loads(line)
                 except ValueError as error:
-                    raise TextError(
-                        f"{path}:{number}: not JSON ({error}); mend or remove this line"
-                    ) from error
+                    raise TextError(f"{path}:{number}: not JSON ({error}); mend or remove this line") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

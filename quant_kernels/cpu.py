@@ -40,9 +40,7 @@ def instruction_set() -> str:
 
 def op_exists(name: str) -> bool:
     """Whether this torch has a CPU kernel for `aten::<name>`. These ops are private and may go."""
-    return hasattr(torch.ops.aten, name) and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"aten::{name}", "CPU"
-    )
+    return hasattr(torch.ops.aten, name) and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU")
 
 
 def int4_objection(spec: LinearSpec) -> str | None:

@@ -70,9 +70,7 @@ def choose(
     out_features: int,
 ) -> Backend:
     """The kernel for a layer: `bits` and `group_size` of its weight, `dtype` of its activations."""
-    spec = LinearSpec(
-        bits, group_size, symmetric, dtype, torch.device(device).type, in_features, out_features
-    )
+    spec = LinearSpec(bits, group_size, symmetric, dtype, torch.device(device).type, in_features, out_features)
     objections: list[str] = []
     for kernel in KERNELS:
         if kernel.devices and spec.device not in kernel.devices:

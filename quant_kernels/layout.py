@@ -50,9 +50,7 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return (
-            self.codes.nbytes + self.scale.nbytes + (0 if self.zero_point is None else self.zero_point.nbytes)
-        )
+        return self.codes.nbytes + self.scale.nbytes + (0 if self.zero_point is None else self.zero_point.nbytes)
 
 
 def check(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> None:
@@ -74,9 +72,7 @@ def check(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) ->
             continue
         low, high = (int(extreme) for extreme in tensor.aminmax())
         if low < -limit or high >= limit:
-            raise ValueError(
-                f"{name} hold {low} … {high}, but {bits} bits reach from {-limit} to {limit - 1}"
-            )
+            raise ValueError(f"{name} hold {low} … {high}, but {bits} bits reach from {-limit} to {limit - 1}")
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

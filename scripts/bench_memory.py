@@ -74,9 +74,7 @@ def main() -> int:
         how, enter = limit
         results = measure(Path(work), options, enter)
     imports = run(IMPORTS_ALONE).peak_resident_bytes
-    print(
-        f"Limit: {mb(int(options.limit))} MB by {how}. Importing torch and transformers: {mb(imports)} MB.\n"
-    )
+    print(f"Limit: {mb(int(options.limit))} MB by {how}. Importing torch and transformers: {mb(imports)} MB.\n")
     print_table(results)
     if options.json:
         content = {"limit_bytes": int(options.limit), "limit": how, "imports_bytes": imports, "runs": results}
@@ -112,9 +110,7 @@ def run(command: list[str], enter: Enter | None = None) -> Run:
     start = time.perf_counter()
     anonymous = 0
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=enter
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=enter)
         while True:
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
             if ended:
@@ -192,14 +188,10 @@ def print_table(results: list[dict[str, object]]) -> None:
         code = each["returncode"]
         ended = "done" if code in DONE else "killed at the limit" if code == -9 else f"exit {code}"
         sizes = [mb(each[key]) for key in ("weights_bytes", "peak_resident_bytes", "peak_anonymous_bytes")]
-        print(
-            f"| {each['recipe']} | {each['blocks']} | {' | '.join(sizes)} | {each['seconds']:.0f} | {ended} |"
-        )
+        print(f"| {each['recipe']} | {each['blocks']} | {' | '.join(sizes)} | {each['seconds']:.0f} | {ended} |")
     for each in results:
         if each["last_words"]:
-            print(
-                f"\n{each['recipe']} on {each['blocks']} blocks said:\n{each['last_words']}", file=sys.stderr
-            )
+            print(f"\n{each['recipe']} on {each['blocks']} blocks said:\n{each['last_words']}", file=sys.stderr)
 
 
 def mb(num_bytes: object) -> str:

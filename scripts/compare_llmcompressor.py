@@ -96,6 +96,12 @@ class Job:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare netsuke with llm-compressor.")
     parser.add_argument("--peer-python", required=True, help="python of an environment with llmcompressor")
+    parser.add_argument(
+        "--peer-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what llm-compressor computes in, and stores every tensor in that it does not quantize",
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
@@ -108,16 +114,12 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(options.model)
     documents = read_dataset(str(options.calibration), "train", tokenizer)
-    windows = calibration_windows(
-        documents, tokenizer, samples=options.samples, length=options.length, seed=SEED
-    )
+    windows = calibration_windows(documents, tokenizer, samples=options.samples, length=options.length, seed=SEED)
     baseline = load_model(options.model)
 
     def score(folder: Path) -> dict[str, Any]:
         model = logits_of(load_model(folder))
-        return score_texts(
-            model, tokenizer, [options.test], baseline=logits_of(baseline), limit=options.limit
-        )[0]
+        return score_texts(model, tokenizer, [options.test], baseline=logits_of(baseline), limit=options.limit)[0]
 
     with tempfile.TemporaryDirectory() as work:
         rows = list(measure(jobs(options, windows, Path(work)), Path(work) / "out", windows.hash, score))
@@ -139,7 +141,7 @@ def jobs(options: argparse.Namespace, windows: Windows, work: Path) -> Iterator[
     for cell in CELLS:
         request = common | {"recipe": f"w4a16-{cell.method}", "overrides": cell.overrides + calibration}
         yield Job(cell.title, "netsuke", sys.executable, ours, request)
-        request = common | vars(cell) | {"windows": str(tokens)}
+        request = common | vars(cell) | {"windows": str(tokens), "dtype": options.peer_dtype}
         yield Job(cell.title, "llm-compressor", options.peer_python, peers, request)
     for recipe in RECIPES_AS_SHIPPED:
         request = common | {"recipe": recipe, "overrides": calibration}
@@ -165,22 +167,21 @@ def load_model(folder: Path) -> PreTrainedModel:
     """A folder in float32; quantized layers are decompressed to plain ones by compressed-tensors."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantized = "quantization_config" in config
-    how = {"quantization_config": CompressedTensorsConfig(run_compressed=False)} if quantized else {}
+    how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
 
 
 def preamble(options: argparse.Namespace, windows: Windows) -> str:
     versions = "import llmcompressor, torch; print(llmcompressor.__version__, torch.__version__)"
-    asked = subprocess.run(
-        [options.peer_python, "-c", versions], stdout=subprocess.PIPE, text=True, check=True
-    )
+    asked = subprocess.run([options.peer_python, "-c", versions], stdout=subprocess.PIPE, text=True, check=True)
     release, peer_torch = asked.stdout.split()[-2:]
     count, length = windows.tokens.shape
     return (
         f"`{options.model.name}`, calibrated on the same {count} × {length} tokens of "
         f"`{options.calibration.name}`, scored on `{options.test.name}` against the original. "
-        f"llm-compressor {release} (torch {peer_torch}, float32, defaults otherwise); netsuke on torch "
-        f"{torch.__version__}. One thread each; ± is one standard error."
+        f"llm-compressor {release} (torch {peer_torch}) loads the model in {options.peer_dtype}, which is also how it "
+        "stores scales and whatever it does not quantize, and has its defaults otherwise; its saving is not timed, "
+        f"netsuke's is. netsuke runs on torch {torch.__version__}. One thread each; ± is one standard error."
     )
 
 

@@ -11,7 +11,7 @@ fail() {
 }
 
 pip_install() {
-  "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check -c "$root/constraints.txt" "$@"
+  "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-check -c "$root/constraints.txt" "$@"
 }
 
 prepare_environment() {

@@ -57,9 +57,7 @@ def llama_shapes(options: argparse.Namespace) -> Shapes:
         "mlp.up_proj.weight": (ffn, hidden),
         "mlp.down_proj.weight": (hidden, ffn),
     }
-    blocks = {
-        f"model.layers.{i}.{name}": shape for i in range(options.layers) for name, shape in block.items()
-    }
+    blocks = {f"model.layers.{i}.{name}": shape for i in range(options.layers) for name, shape in block.items()}
     embedding = {"model.embed_tokens.weight": (vocabulary, hidden)}
     return embedding | blocks | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 

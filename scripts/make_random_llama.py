@@ -88,9 +88,7 @@ def random_block(config: LlamaConfig, prefix: str, generator: torch.Generator) -
         "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
-    linears = {
-        f"{prefix}{name}.weight": normal(*shape, generator=generator) for name, shape in shapes.items()
-    }
+    linears = {f"{prefix}{name}.weight": normal(*shape, generator=generator) for name, shape in shapes.items()}
     norms = ("input_layernorm", "post_attention_layernorm")
     return linears | {f"{prefix}{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in norms}
 
@@ -115,9 +113,7 @@ def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=context
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=context)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ job = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 windows = json.loads(Path(job["windows"]).read_text(encoding="utf-8"))
 dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(row) for row in windows]})
-model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
 weights = {
     "num_bits": job["bits"],
     "type": "int",

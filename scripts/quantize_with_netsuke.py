@@ -1,6 +1,7 @@
 """One quantization by netsuke, for compare_llmcompressor.py: the same job, the same answer as its peer's.
 
-What is timed ends where the run begins to verify its files: until then it calibrates, quantizes and writes.
+What is measured ends where the run begins to verify its files: until then it calibrates, quantizes and writes. It
+begins when the model's code has been imported, as it has for the peer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import compress.pipeline
 
@@ -22,10 +24,11 @@ def peak_bytes() -> int:
     return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
-IMPORTS_BYTES = peak_bytes()
-
 job = json.loads(sys.argv[1])
 torch.set_num_threads(1)
+with torch.device("meta"):
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job["model"]))
+IMPORTS_BYTES = peak_bytes()
 start = time.process_time()
 cost: dict[str, float] = {}
 

@@ -35,8 +35,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 EVERYWHERE = "errors"
-HALVES = {"footprint": "plan", "report_page": "report"}
-"""Files that are the other half of a part: the memory a plan will need, the looks of a report."""
+PART_OF_FILE = {"footprint": "plan", "report_page": "report", "report_words": "report"}
+"""Files that belong to a part by another name: the memory a plan will need, the looks and words of a report."""
 SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the codecs that wrote it"}
 KERNEL_USERS = ("checkpoint", "runtime", "doctor")
 EVAL_USERS = ("calibrate", "scoring", "pipeline", "cli")
@@ -67,7 +67,7 @@ class Import:
 def part_of(module: str) -> str:
     """The part of `compress` that a module belongs to; a name that is no part is one of the public API."""
     name = module.removeprefix("compress").removeprefix(".").split(".")[0]
-    part = HALVES.get(name, name)
+    part = PART_OF_FILE.get(name, name)
     return part if part in RANK or part == EVERYWHERE else ""
 
 
@@ -128,24 +128,18 @@ def imports_of(path: Path) -> Iterator[Import]:
 
 def test_every_import_follows_the_arrows() -> None:
     found = [each for path in sources() for each in imports_of(path)]
-    broken = [
-        f"{each.where}: imports {each.imported}: {rule}" for each in found if (rule := broken_rule(each))
-    ]
+    broken = [f"{each.where}: imports {each.imported}: {rule}" for each in found if (rule := broken_rule(each))]
     assert not broken, "\n" + "\n".join(broken)
 
 
 def test_every_import_is_absolute() -> None:
-    relative = [
-        each.where for path in sources() for each in imports_of(path) if each.imported.startswith(".")
-    ]
+    relative = [each.where for path in sources() for each in imports_of(path) if each.imported.startswith(".")]
     assert not relative, f"write the full module name, so that the arrows can be read: {relative}"
 
 
 def test_every_part_of_compress_has_a_layer() -> None:
-    parts = {
-        path.stem for path in (ROOT / "compress").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))
-    }
-    unknown = parts - RANK.keys() - HALVES.keys() - {"__init__", EVERYWHERE}
+    parts = {path.stem for path in (ROOT / "compress").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    unknown = parts - RANK.keys() - PART_OF_FILE.keys() - {"__init__", EVERYWHERE}
     assert not unknown, f"give {sorted(unknown)} a place in LAYERS"
 
 
@@ -200,9 +194,7 @@ def test_eval_imported_early_or_by_its_bare_name_is_found(found: Import) -> None
 def heavy_modules_after(statement: str) -> str:
     """Which of the slow libraries a fresh Python holds after the statement, as its last line of output."""
     code = f"import sys\n{statement}\nprint(sorted(sys.modules.keys() & {{'torch', 'transformers'}}))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
 
@@ -223,17 +215,13 @@ with contextlib.suppress(SystemExit):
 
 
 def test_no_module_takes_the_name_of_one_in_the_standard_library() -> None:
-    taken = [
-        str(path.relative_to(ROOT)) for path in sources() if {path.stem, path.parent.name} & STANDARD_LIBRARY
-    ]
+    taken = [str(path.relative_to(ROOT)) for path in sources() if {path.stem, path.parent.name} & STANDARD_LIBRARY]
     assert not taken, f"a reader would look for these in the standard library: {taken}"
 
 
 def test_every_file_name_says_what_is_in_it() -> None:
     shapeless = [
-        str(path.relative_to(ROOT))
-        for path in sources()
-        if {path.stem, path.parent.name} & set(SHAPELESS_NAMES)
+        str(path.relative_to(ROOT)) for path in sources() if {path.stem, path.parent.name} & set(SHAPELESS_NAMES)
     ]
     assert not shapeless, f"name these after what they hold: {shapeless}"
 

@@ -43,9 +43,7 @@ class Activations:
             stream.seek(start * self._window_bytes)
             count = stream.readinto(buffer)
         if count != len(buffer):
-            raise NumericalError(
-                f"{self.path}: holds fewer than {stop} windows; the run's scratch files were changed"
-            )
+            raise NumericalError(f"{self.path}: holds fewer than {stop} windows; the run's scratch files were changed")
         return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, self.length, self.width)
 
     def sync(self) -> None:

@@ -56,9 +56,7 @@ class _Reached(Exception):  # noqa: N818  (not an error: the pass has come as fa
 class Block:
     """A filled block, its calibration inputs, and what has become of its layers."""
 
-    def __init__(
-        self, model: LazyModel, index: int, inputs: Activations, arguments: Arguments, scratch: Path
-    ) -> None:
+    def __init__(self, model: LazyModel, index: int, inputs: Activations, arguments: Arguments, scratch: Path) -> None:
         self.model = model
         self.index = index
         self.name = model.block_name(index)
@@ -133,13 +131,12 @@ class Block:
         if site.source is None:
             raise ValueError(f"{site.layers[0]}: no source to fold a scale into")
         self._forget(site.index)
-        source = self.model.module.get_submodule(site.source)
-        if getattr(source, "weight").dim() == 1:
+        if self.model.module.get_parameter(f"{site.source}.weight").dim() == 1:
             return self._fold_norm(site.source, scale)
         repeats, head_dim = self._repeats(site, scale.numel())
         rows = scale.view(-1, repeats, head_dim)[:, 0].reshape(-1)
         self.rewrite(site.source, self.weight(site.source) / rows.unsqueeze(1))
-        if getattr(source, "bias", None) is not None:
+        if f"{site.source}.bias" in self.model.weights:
             self._rewrite_vector(f"{site.source}.bias", self._vector(f"{site.source}.bias") / rows)
         return scale
 
@@ -177,9 +174,7 @@ class Block:
 
         keep = self._sublayer(site) is not None and site.index not in self._kept
         width = self._width(first)
-        stored = Activations(
-            self._scratch / f"site-{site.index}", self.inputs.length, width, self.model.dtype
-        )
+        stored = Activations(self._scratch / f"site-{site.index}", self.inputs.length, width, self.model.dtype)
         observer = MomentsObserver(width)
         for start in range(0, self.inputs.windows, self._batch):
             handle = layer.register_forward_pre_hook(catch)
@@ -226,7 +221,7 @@ class Block:
         def forward(*_: Any, **__: Any) -> Any:
             return kept.wrap(linear(kept.inputs.read(start, start + self._batch).to(self.model.device)))
 
-        sublayer.forward = forward  # type: ignore[method-assign]
+        sublayer.forward = forward
         try:
             yield
         finally:
@@ -289,19 +284,24 @@ class Block:
         self.model.set_parameter(tensor, value.to(self.model.dtype))
 
     def _width(self, name: str) -> int:
-        shape = self.model.module.get_submodule(name).weight.shape  # type: ignore[union-attr]
-        return shape[0] if self.model.anatomy.transposed else shape[1]  # type: ignore[index]
+        """Input features of a layer."""
+        return self._shape(name)[1]
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        """[out, in] of a layer, however it is stored."""
+        first, second = self.model.module.get_parameter(f"{name}.weight").shape
+        return (second, first) if self.model.anatomy.transposed else (first, second)
 
     def _repeats(self, site: BlockSite, width: int) -> tuple[int, int]:
         """How often each source channel appears among the site's inputs, and the run length it repeats in."""
-        source = self.model.module.get_submodule(site.source or "").weight  # type: ignore[union-attr]
-        channels = source.shape[-1 if self.model.anatomy.transposed else 0]  # type: ignore[union-attr,index]
+        source = site.source or ""
+        shape = self.model.module.get_parameter(f"{source}.weight").shape
+        channels = shape[0] if len(shape) == 1 else self._shape(source)[0]
         if channels == width:
             return 1, width
         config = self.model.config
-        return width // channels, getattr(
-            config, "head_dim", None
-        ) or config.hidden_size // config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return width // channels, head_dim
 
 
 def _wrapping(result: Any, output: Tensor) -> Any:

@@ -43,9 +43,7 @@ class _Recorder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(
-                self._block[0], name
-            )  # attention_type and the like, which the model's loop may read
+            return getattr(self._block[0], name)  # attention_type and the like, which the model's loop may read
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.seen = hidden, Arguments(args, kwargs)
@@ -94,9 +92,11 @@ def finish(
 ) -> Float[Tensor, "batch length vocabulary"]:
     """What the model returns when its last block returns `hidden`: logits, or an encoder's hidden states."""
 
+    answer = hidden
+
     class Answer(_Recorder):
-        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return hidden
+        def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return answer
 
     with _blocks_replaced(model, [Answer(block, last=False) for block in model.blocks]):
         return outputs(model, model.module(input_ids=tokens.to(model.device), **_no_cache(model)))

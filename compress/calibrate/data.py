@@ -47,9 +47,7 @@ def read_dataset(name: str, split: str, tokenizer: Any) -> list[str]:
     return _read_hub(name, split, tokenizer)
 
 
-def calibration_windows(
-    documents: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int
-) -> Windows:
+def calibration_windows(documents: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int) -> Windows:
     """Cut `samples` windows of `length` tokens out of documents in a seeded order.
 
     Raises DataError where the documents hold fewer tokens than one window. Fewer windows than asked for are
@@ -87,9 +85,7 @@ def _read_hub(name: str, split: str, tokenizer: Any) -> list[str]:
     configuration = {"wikitext": "wikitext-2-raw-v1"}.get(name)
     splits = {"ultrachat": "train_sft"}
     try:
-        rows = load_dataset(
-            names.get(name, name), configuration, split=splits.get(name, split), streaming=True
-        )
+        rows = load_dataset(names.get(name, name), configuration, split=splits.get(name, split), streaming=True)
         rows = rows.take(20_000)
         columns = set(rows.column_names or next(iter(rows)))
         if "messages" in columns:
@@ -102,6 +98,4 @@ def _read_hub(name: str, split: str, tokenizer: Any) -> list[str]:
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
             f"Give a local file: --calibration FILE ({', '.join(FILES)})"
         ) from error
-    raise DataError(
-        f"calibration dataset {name!r}: has columns {sorted(columns)}, expected 'text' or 'messages'"
-    )
+    raise DataError(f"calibration dataset {name!r}: has columns {sorted(columns)}, expected 'text' or 'messages'")

@@ -1,10 +1,11 @@
-"""Second moments of a layer's input over the calibration set.
+"""Observers: what the calibration set leaves behind of one site's inputs.
 
-    H = E[x xᵀ],   a = E|x|
+Every layer-wise method here is satisfied by second moments: H = E[x xᵀ] prices any change of a weight exactly, and
+mean |x| says which channels are large. Neither grows with the number of tokens.
 
-are all that rounding and scale search need of the data: a layer's squared output error for a weight change Δ is
-tr(Δ H Δᵀ). Products are accumulated in float64 (float32 from 8192 inputs on, where memory counts more), one batch at a
-time, and only the upper block triangle is computed: H is symmetric.
+Inputs are cast to float32 before they are multiplied (a float16 product overflows on real models) and added up in
+float64, float32 where the matrix is too large for that. A token with a NaN or an infinity would poison every entry,
+so it is left out and counted.
 """
 
 from __future__ import annotations
@@ -17,55 +18,71 @@ from torch import Tensor
 
 from compress.errors import NumericalError
 
-PANEL = 256
-WIDE = 8192
-"""Inputs from which on the moments are kept in float32."""
+PANEL = 192
+"""Columns per panel of the Gram matrix; only panels on and right of the diagonal are computed."""
+FLOAT64_BELOW = 8192
+"""Inputs from which on the Hessian is kept in float32."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What was seen of one input."""
+    """Second moments of one site's inputs over the calibration set."""
 
     hessian: Float[Tensor, "in in"]
+    """E[x xᵀ], float64 below 8192 inputs, float32 from there on."""
     mean_abs: Float[Tensor, "in"]
+    """E|x|, float32."""
     num_tokens: int
-    num_dropped: int
-    """Tokens left out because they held a value that is not finite."""
+    """Tokens the expectations are taken over."""
+    num_dropped: int = 0
+    """Tokens left out because they held a NaN or an infinity."""
 
 
 class MomentsObserver:
-    """Accumulates the moments of inputs [..., in]."""
+    """Accumulates `Moments`, batch by batch."""
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        dtype = torch.float64 if in_features < WIDE else torch.float32
-        self._gram = torch.zeros(in_features, in_features, dtype=dtype, device=device)
-        self._abs = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self._tokens = 0
-        self._dropped = 0
+    def __init__(self, in_features: int) -> None:
+        dtype = torch.float64 if in_features < FLOAT64_BELOW else torch.float32
+        self._gram = torch.zeros(in_features, in_features, dtype=dtype)
+        self._sum_abs = torch.zeros(in_features, dtype=torch.float64)
+        self._num_tokens = 0
+        self._num_dropped = 0
 
+    @torch.no_grad()
     def update(self, inputs: Float[Tensor, "*batch in"]) -> None:
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        magnitude = rows.abs().sum(dim=0)
-        if not magnitude.isfinite().all():
-            finite = rows.isfinite().all(dim=1)
-            self._dropped += int((~finite).sum())
-            rows = rows[finite]
-            magnitude = rows.abs().sum(dim=0)
-        for begin in range(0, rows.shape[1], PANEL):
-            panel = rows[:, begin : begin + PANEL]
-            self._gram[begin : begin + PANEL, begin:] += panel.T @ rows[:, begin:]
-        self._abs += magnitude
-        self._tokens += rows.shape[0]
+        """Add a batch; its last axis is the input channels, all others are tokens."""
+        n = len(self._sum_abs)
+        x = inputs.reshape(-1, n).float()
+        finite = x.isfinite().all(dim=1)
+        if not finite.all():
+            self._num_dropped += int((~finite).sum())
+            x = x[finite]
+        self._gram, self._sum_abs = self._gram.to(x.device), self._sum_abs.to(x.device)
+        for a in range(0, n, PANEL):
+            self._gram[a : a + PANEL, a:] += x[:, a : a + PANEL].T @ x[:, a:]
+        self._sum_abs += x.abs().sum(dim=0, dtype=torch.float64)
+        self._num_tokens += len(x)
 
-    def result(self, expected_tokens: int, name: str = "input") -> Moments:
-        """The moments. Raises NumericalError where tokens are missing or nothing but zeros was seen."""
-        seen = self._tokens + self._dropped
+    def result(self, expected_tokens: int, name: str) -> Moments:
+        """The moments of all batches seen. `name` is the layer that error messages speak of.
+
+        Raises NumericalError where tokens are missing, where none was finite, or where all inputs were zero:
+        a calibration that observed nothing would silently turn every method into round-to-nearest.
+        """
+        seen = self._num_tokens + self._num_dropped
         if seen != expected_tokens:
-            raise NumericalError(f"{name}: saw {seen} calibration tokens, {expected_tokens} went in")
-        if not self._tokens:
-            raise NumericalError(f"{name}: none of its {seen} calibration inputs is finite")
-        hessian = self._gram.triu().div_(self._tokens)
-        hessian += hessian.triu(1).T
-        if not hessian.diagonal().sum() > 0:
-            raise NumericalError(f"{name}: every calibration input is zero")
-        return Moments(hessian, (self._abs / self._tokens).float(), self._tokens, self._dropped)
+            raise NumericalError(f"{name}: observed {seen} calibration tokens instead of {expected_tokens}")
+        if not self._num_tokens:
+            raise NumericalError(
+                f"{name}: no usable calibration token; {self._num_dropped} of {seen} held NaN or infinite inputs"
+            )
+        self._gram.triu_()
+        self._gram += self._gram.triu(1).T
+        hessian = self._gram / self._num_tokens
+        trace = float(hessian.diagonal().sum())
+        if not 0 < trace < float("inf"):
+            raise NumericalError(
+                f"{name}: the inputs' mean energy is {trace:g} over {self._num_tokens} calibration tokens"
+            )
+        mean_abs = (self._sum_abs / self._num_tokens).float()
+        return Moments(hessian, mean_abs, self._num_tokens, self._num_dropped)

@@ -29,9 +29,7 @@ class Entrance:
 
 
 @torch.inference_mode()
-def enter(
-    model: LazyModel, tokens: Int[Tensor, "windows length"], path: Path, resumed: bool = False
-) -> Entrance:
+def enter(model: LazyModel, tokens: Int[Tensor, "windows length"], path: Path, resumed: bool = False) -> Entrance:
     """Embed the calibration windows into a file. When a run is resumed only the blocks' arguments are needed."""
     before = [name for name in model.anatomy.before if name in dict(model.module.named_modules())]
     with model.resident(before):

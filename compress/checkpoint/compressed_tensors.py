@@ -80,9 +80,7 @@ class CompressedTensors:
         rows, columns = shape
         groups = grid.num_groups(columns)
         packed = self.compression == "pack-quantized"
-        entries: dict[str, tuple[str, tuple[int, ...]]] = {
-            f"{name}.weight_scale": (scale_dtype, (rows, groups))
-        }
+        entries: dict[str, tuple[str, tuple[int, ...]]] = {f"{name}.weight_scale": (scale_dtype, (rows, groups))}
         if packed:
             entries[f"{name}.weight_packed"] = ("I32", (rows, num_words(columns, grid.bits)))
             entries[f"{name}.weight_shape"] = ("I64", (2,))
@@ -200,9 +198,7 @@ def _stored_shape(name: str, tensors: Mapping[str, Tensor], packed: bool) -> tup
     return shape[0], shape[1]
 
 
-def _check_stored(
-    name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], grid: Grid, packed: bool
-) -> None:
+def _check_stored(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], grid: Grid, packed: bool) -> None:
     """Raises ModelError unless every tensor of the layer is there with the shape and dtype it must have."""
     compression: Compression = "pack-quantized" if packed else "int-quantized"
     try:
@@ -245,9 +241,7 @@ def _grid(key: str, group: Any) -> Grid:
     if isinstance(group, list):
         preset = re.fullmatch(r"W([2-8])A16(_ASYM)?", key.upper())
         if not preset:
-            raise ModelError(
-                f"{where}: is no preset that can be read; there are W2A16 … W8A16 and W2A16_ASYM …"
-            )
+            raise ModelError(f"{where}: is no preset that can be read; there are W2A16 … W8A16 and W2A16_ASYM …")
         return Grid(int(preset[1]), symmetric=not preset[2], group_size=128)
     for part in ("input_activations", "output_activations"):
         if group.get(part):

@@ -1,7 +1,7 @@
 """The output folder: shards appear one by one in `<output>.partial`, the finished folder in one rename.
 
-A reader sees no checkpoint or a whole one. Everything of the original folder that is no weight (tokenizer, chat
-template, generation settings) is copied; every tensor that no stage touched is copied bit for bit.
+A reader sees no checkpoint or a whole one. What belongs to any copy of the model (tokenizer, chat template,
+generation settings, licence) is copied; every tensor that no stage touched is copied bit for bit.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.errors import OutputError, writing
 from compress.checkpoint.manifest import write_atomically
+from compress.errors import OutputError, writing
 from compress.models.headers import Folder
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+KEPT = (
+    "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.jinja",
+    "chat_template*", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Files of the original folder that belong to the compressed model too. Anything else, scores and logs of the
+original, say, would tell a lie about the new one."""
 
 
 class OutputFolder:
@@ -63,18 +69,16 @@ class OutputFolder:
                 if type(error).__name__ != "SafetensorError":
                     raise
                 raise OSError(_errno(error), str(error)) from error  # the library hides the disk's own error
+            temporary.chmod((self.partial / ".netsuke").stat().st_mode & 0o666)  # the library makes it private
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
 
-    def write_rest(
-        self, source: Folder, config: Mapping[str, Any], index: Mapping[str, str], total: int
-    ) -> None:
+    def write_rest(self, source: Folder, config: Mapping[str, Any], index: Mapping[str, str], total: int) -> None:
         """Side files, index and config. `index`: tensor name → shard name; `total`: bytes of all tensors."""
         with writing(self.partial):
             for file in sorted(source.path.iterdir()):
-                keep = file.suffix not in WEIGHTS and not file.name.endswith(".index.json")
-                if file.is_file() and keep and file.name != "config.json":
+                if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in KEPT):
                     shutil.copyfile(file, self.partial / file.name)
         weight_map = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
         self.write_json("model.safetensors.index.json", weight_map)

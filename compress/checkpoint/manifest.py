@@ -49,9 +49,7 @@ class Manifest:
         try:
             manifest = cls(path=path, **json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise OutputError(
-                f"{path}: cannot be resumed from: {error}. Start again with --overwrite"
-            ) from error
+            raise OutputError(f"{path}: cannot be resumed from: {error}. Start again with --overwrite") from error
         if manifest.key != key:
             raise OutputError(
                 f"{path.parent.parent}: holds a run of another recipe, model or calibration text. "

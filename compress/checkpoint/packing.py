@@ -49,9 +49,7 @@ def unpack(words: Int32[Tensor, "rows words"], bits: int, columns: int) -> UInt8
     rows, width = words.shape
     if width != num_words(columns, bits):
         expected = num_words(columns, bits)
-        raise ValueError(
-            f"{columns} codes of {bits} bits take {expected} words a row, these rows have {width}"
-        )
+        raise ValueError(f"{columns} codes of {bits} bits take {expected} words a row, these rows have {width}")
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=words.device)
     mask = (1 << bits) - 1
     for part, out in zip(_chunks(words, columns), _chunks(codes, columns), strict=True):

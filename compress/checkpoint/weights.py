@@ -38,9 +38,7 @@ class QuantizedWeights(Weights):
     def quantized(self, layer: str) -> QuantizedTensor:
         """One layer's codes, scales and zero points."""
         stored = {
-            name: read_tensor(header)
-            for name, header in self.tensors.items()
-            if name.startswith(f"{layer}.weight")
+            name: read_tensor(header) for name, header in self.tensors.items() if name.startswith(f"{layer}.weight")
         }
         return self.format.decode(layer, stored, self.grids[layer])
 

@@ -70,9 +70,7 @@ def quantize(
 ) -> QuantizedTensor:
     """Rounds every weight to the nearest level of its group. Raises NumericalError on NaN or infinite weights."""
     if not weight.isfinite().all():
-        raise NumericalError(
-            f"{int((~weight.isfinite()).sum())} of {weight.numel()} weights are NaN or infinite"
-        )
+        raise NumericalError(f"{int((~weight.isfinite()).sum())} of {weight.numel()} weights are NaN or infinite")
     codes = by_group(weight.float(), grid) / scale.float().unsqueeze(-1)
     codes.round_()
     if zero_point is not None:

@@ -108,9 +108,7 @@ def _search(
     return best[1], best[2]
 
 
-def _better(
-    new: tuple[Tensor, Tensor, Tensor], old: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _better(new: tuple[Tensor, Tensor, Tensor], old: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Element by element, the (error, scale, zero point) of the smaller error."""
     wins = new[0] < old[0]
     return (
@@ -123,9 +121,7 @@ def _better(
 class _Regression:
     """Rounding and regression over one slice of groups, with its scratch memory."""
 
-    def __init__(
-        self, w: Float[Tensor, "out groups size"], root: Float[Tensor, "1 groups size"] | None, grid: Grid
-    ):
+    def __init__(self, w: Float[Tensor, "out groups size"], root: Float[Tensor, "1 groups size"] | None, grid: Grid):
         self.w, self.root, self.grid = w, root, grid
         self.q, self.product = torch.empty_like(w), torch.empty_like(w)
         self.weighted = w if root is None else w * root

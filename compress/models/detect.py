@@ -68,9 +68,7 @@ def detect(config: Mapping[str, Any], shapes: Shapes) -> Anatomy:
     inside = blocks_of(shapes, blocks)
     linear, left_alone = find_linear(inside)
     if not linear:
-        raise ModelError(
-            f"{blocks}: every block holds {_sample(inside[0])}, none of which is a matrix for a layer"
-        )
+        raise ModelError(f"{blocks}: every block holds {_sample(inside[0])}, none of which is a matrix for a layer")
     transposed = is_transposed(linear, inside[0])
     layers = [Layer(_module(name), *(shape if transposed else shape[::-1])) for name, shape in linear.items()]
     sites = find_sites(layers)
@@ -83,9 +81,7 @@ def detect(config: Mapping[str, Any], shapes: Shapes) -> Anatomy:
     conclusions += ["weights are stored [in, out], for biases are as long as rows"] if transposed else []
     conclusions += left_alone
     conclusions.append(f"the embedding is {embedding or 'unknown'}, the head is {head or 'absent'}")
-    conclusions.append(
-        "no scale can be folded into norms, for names do not tell which norm feeds which layer"
-    )
+    conclusions.append("no scale can be folded into norms, for names do not tell which norm feeds which layer")
     return Anatomy(
         family=str(config.get("model_type", "unknown")),
         blocks=blocks,
@@ -133,25 +129,19 @@ def find_linear(inside: Sequence[Shapes]) -> tuple[dict[str, tuple[int, ...]], l
     """The linear weights that all blocks have, and a sentence for each kind of matrix left as it is."""
     matrices = {name: shape for block in inside for name, shape in block.items() if _is_matrix(name, shape)}
     mixture = any(_is_expert(name, shape) for block in inside for name, shape in block.items())
-    experts = {
-        name for name in matrices if mixture and (_is_expert(name, matrices[name]) or _is_router(name))
-    }
+    experts = {name for name in matrices if mixture and (_is_expert(name, matrices[name]) or _is_router(name))}
     uneven = {name for name in matrices if any(name not in block for block in inside)} - experts
     linear = {name: shape for name, shape in matrices.items() if name not in experts | uneven}
     sentences = ["mixture of experts: expert matrices and routers stay as they are"] if mixture else []
     if uneven:
-        sentences.append(
-            f"not in every block, and so left as they are: {_sample(sorted(map(_module, uneven)))}"
-        )
+        sentences.append(f"not in every block, and so left as they are: {_sample(sorted(map(_module, uneven)))}")
     return linear, sentences
 
 
 def is_transposed(linear: Shapes, block: Shapes) -> bool:
     """Whether weights are [in, out]: every bias of a layer that is not square is as long as a row."""
     biases = {name: block.get(name.removesuffix("weight") + "bias") for name in linear}
-    lengths = [
-        (linear[name], bias[0]) for name, bias in biases.items() if bias and len(set(linear[name])) > 1
-    ]
+    lengths = [(linear[name], bias[0]) for name, bias in biases.items() if bias and len(set(linear[name])) > 1]
     return bool(lengths) and all(shape[1] == length for shape, length in lengths)
 
 
@@ -190,9 +180,7 @@ def find_vocabulary(config: Mapping[str, Any], outside: Shapes) -> tuple[str, st
     tables = {_module(name): shape[0] for name, shape in outside.items() if len(shape) == 2}
     size = {**config.get("text_config", {}), **config}.get("vocab_size", max(tables.values(), default=0))
     tables = {name: rows for name, rows in tables.items() if rows == size}
-    heads = [
-        name for name in tables if any(word in name for word in ("head", "out", "decoder.weight", "unembed"))
-    ]
+    heads = [name for name in tables if any(word in name for word in ("head", "out", "decoder.weight", "unembed"))]
     embedding = next((name for name in tables if name not in heads), "")
     architecture = next(iter(config.get("architectures") or ()), "ForCausalLM")
     tied = "lm_head" if "ForCausalLM" in architecture or "LMHead" in architecture else None
@@ -218,15 +206,11 @@ def _module(tensor: str) -> str:
 
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return (
-        len(shape) == 2 and name.endswith(".weight") and not any(word in name.lower() for word in NOT_LINEAR)
-    )
+    return len(shape) == 2 and name.endswith(".weight") and not any(word in name.lower() for word in NOT_LINEAR)
 
 
 def _is_expert(name: str, shape: tuple[int, ...]) -> bool:
-    return any(part.startswith("expert") for part in name.split(".")) or (
-        len(shape) == 3 and "conv" not in name
-    )
+    return any(part.startswith("expert") for part in name.split(".")) or (len(shape) == 3 and "conv" not in name)
 
 
 def _is_router(name: str) -> bool:

@@ -156,9 +156,7 @@ def _read_header(file: Path) -> tuple[dict[str, TensorHeader], int]:
     length = _header_length(file)
     size = file.stat().st_size
     if length > min(MAX_HEADER, size - 8):
-        raise ModelError(
-            f"{file}: is no whole safetensors file: header of {length:,} bytes, file of {size:,}"
-        )
+        raise ModelError(f"{file}: is no whole safetensors file: header of {length:,} bytes, file of {size:,}")
     with file.open("rb") as stream:
         stream.seek(8)
         try:

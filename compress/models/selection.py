@@ -95,11 +95,7 @@ def _advice(selector: str, layers: Sequence[LayerName]) -> str:
     if selector.startswith("re:"):
         pattern = _compiled(selector)
         found = next((layer.name for layer in layers if pattern.search(layer.name)), None)
-        return (
-            f" A pattern must match the whole path, and this one matches a part of {found!r}."
-            if found
-            else ""
-        )
+        return f" A pattern must match the whole path, and this one matches a part of {found!r}." if found else ""
     return did_you_mean(selector, _vocabulary(layers))
 
 

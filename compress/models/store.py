@@ -54,9 +54,7 @@ class Weights:
 def read_tensor(header: TensorHeader) -> Tensor:
     """Read one tensor's bytes into fresh memory."""
     if header.dtype not in DTYPES:
-        raise ModelError(
-            f"{header.file}: {header.name} has type {header.dtype}, which cannot be computed with"
-        )
+        raise ModelError(f"{header.file}: {header.name} has type {header.dtype}, which cannot be computed with")
     buffer = bytearray(header.nbytes)
     with header.file.open("rb", buffering=0) as stream:
         stream.seek(header.begin)
@@ -154,9 +152,7 @@ class LazyModel:
 
     def _parameters(self, path: str) -> list[tuple[str, nn.Parameter]]:
         module = self.module.get_submodule(path)
-        return [
-            (f"{path}.{name}", tensor) for name, tensor in module.named_parameters(remove_duplicate=False)
-        ]
+        return [(f"{path}.{name}", tensor) for name, tensor in module.named_parameters(remove_duplicate=False)]
 
     def _shared(self, name: str) -> Tensor:
         """The tensor of a parameter; where it is tied to one that is filled already, that very tensor."""
@@ -176,9 +172,7 @@ class LazyModel:
             if stored not in self.weights:
                 problems.append(f"{name} is missing")
             elif (shape := self.weights.tensors.get(stored)) and shape.shape != tuple(parameter.shape):
-                problems.append(
-                    f"{name} has shape {list(shape.shape)}, config.json says {list(parameter.shape)}"
-                )
+                problems.append(f"{name} has shape {list(shape.shape)}, config.json says {list(parameter.shape)}")
         if problems:
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise ModelError(f"{self.weights.folder.path}: weights and config.json disagree: {shown}")
@@ -227,9 +221,7 @@ def local_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{name}: no such folder here, and the hub did not give it ({reason})") from error
@@ -248,9 +240,7 @@ def load_tokenizer(folder: Path) -> Any:
         "spiece.model",
     )
     if not any((folder / name).exists() for name in names):
-        raise ModelError(
-            f"{folder}: has no tokenizer (looked for {', '.join(names)}). Copy it from the original model"
-        )
+        raise ModelError(f"{folder}: has no tokenizer (looked for {', '.join(names)}). Copy it from the original model")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:

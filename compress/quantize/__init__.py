@@ -1,1 +1,3 @@
-METHODS: dict[str, type] = {}
+from compress.quantize.rtn import RTN
+
+METHODS: dict[str, type] = {"rtn": RTN}

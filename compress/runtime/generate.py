@@ -27,7 +27,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 1
     if context is not None and num_tokens + max_new_tokens > context:
         raise DataError(
             f"the prompt has {num_tokens} tokens; with max_new_tokens={max_new_tokens} that is more than the "
-            f"model's context of {context}. Shorten the prompt, or ask for at most {context - num_tokens}"
+            f"model's context of {context}. Shorten the prompt or ask for fewer new tokens"
         )
     if tokenizer.pad_token_id is None:
         options.setdefault("pad_token_id", tokenizer.eos_token_id)

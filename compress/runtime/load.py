@@ -33,8 +33,8 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     headers = read_folder(path)
     if headers.truncated:
         raise ModelError(headers.truncated[0])
-    tokenizer = load_tokenizer(path)
     dtype = stored_dtype(headers) if dtype is None else dtype
+    tokenizer = load_tokenizer(path)
     quantized = "quantization_config" in headers.config
     model = (_load_quantized if quantized else _load_plain)(headers, device, dtype)
     return model.eval().requires_grad_(False), tokenizer
@@ -59,17 +59,19 @@ def _load_plain(folder: Folder, device: str, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype).to(device)
+        model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder.path}: transformers cannot load it: {error}") from error
+    return model.to(device)
 
 
 def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Module:
     weights = QuantizedWeights(folder)
     lazy = LazyModel(weights, dtype=dtype, device=device)
     model: Any = lazy.module
+    modules = dict(model.named_modules())
     for name in weights.grids:
-        linear = _linear(model, name, folder)
+        linear = _linear(modules.get(name), name, folder)
         bias = None if linear.bias is None else weights.read(f"{name}.bias")
         layer = QuantLinear.from_quantized(weights.quantized(name), bias, dtype=dtype, device=device)
         model.set_submodule(name, layer)
@@ -83,9 +85,8 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
     return model
 
 
-def _linear(model: nn.Module, name: str, folder: Folder) -> nn.Linear:
+def _linear(module: nn.Module | None, name: str, folder: Folder) -> nn.Linear:
     """The layer that a quantized weight belongs to."""
-    module = dict(model.named_modules()).get(name)
     if not isinstance(module, nn.Linear):
         found = "has no such module" if module is None else f"has a {type(module).__name__} there"
         raise ModelError(f"{folder.path}: {name} is stored as a quantized linear layer, the model {found}")

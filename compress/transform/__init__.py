@@ -1,0 +1,1 @@
+TRANSFORMS: dict[str, type] = {}

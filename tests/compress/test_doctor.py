@@ -41,8 +41,6 @@ def test_the_chosen_kernel_in_float32_is_exact(bits: int) -> None:
 
 
 @pytest.mark.parametrize("error", [0.5, float("nan")])
-def test_a_kernel_that_computes_wrongly_is_called_wrong(
-    error: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_computes_wrongly_is_called_wrong(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "kernel_error", lambda *arguments: error)
     assert "COMPUTES WRONGLY HERE" in diagnose()["backends"]["w4a16"]["reason"]

@@ -32,9 +32,7 @@ class Round:
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size < 1:
-            raise ValueError(
-                f"group_size={self.group_size} is not positive. Use 128, or null for one per row"
-            )
+            raise ValueError(f"group_size={self.group_size} is not positive. Use 128, or null for one per row")
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,7 @@ class TestComplaints:
             ),
             (
                 "stages:\n  - smoth\n",
-                "2:5: stages[0] is 'smoth', which is no stage. Did you mean 'smooth'? "
-                "There are: round, smooth.",
+                "2:5: stages[0] is 'smoth', which is no stage. Did you mean 'smooth'? There are: round, smooth.",
             ),
             (
                 "stages:\n  - zebra: {}\n",
@@ -141,13 +138,11 @@ class TestComplaints:
             ),
             (
                 "stages: [3]",
-                "1:10: stages[0] is 3; a stage is one name with its fields under it: "
-                "`- gptq: {scheme: w4a16}`.",
+                "1:10: stages[0] is 3; a stage is one name with its fields under it: `- gptq: {scheme: w4a16}`.",
             ),
             (
                 "stages: [{}]",
-                "1:10: stages[0] is empty; a stage is one name with its fields under it: "
-                "`- gptq: {scheme: w4a16}`.",
+                "1:10: stages[0] is empty; a stage is one name with its fields under it: `- gptq: {scheme: w4a16}`.",
             ),
             ("stages: [round]", "1:10: stages[0].round needs 'scheme'."),
             ("", "1:1: a recipe needs at least one stage."),
@@ -255,8 +250,7 @@ class TestBrokenYaml:
             ),
             (
                 "name: !python/name:os.system",
-                "1:7: this is not YAML: could not determine a constructor for the tag "
-                "'!python/name:os.system'.",
+                "1:7: this is not YAML: could not determine a constructor for the tag '!python/name:os.system'.",
             ),
         ],
     )
@@ -355,8 +349,7 @@ class TestOverrides:
     def test_overrides_and_file_are_judged_together(self) -> None:
         assert problems("stages: []", "gates.x=1") == (
             "x.yaml:1:1: a recipe needs at least one stage.",
-            "--set gates.x: gates has no field 'x'. "
-            "It has: max_perplexity_ratio, max_kl_divergence, max_bytes_ratio.",
+            "--set gates.x: gates has no field 'x'. It has: max_perplexity_ratio, max_kl_divergence, max_bytes_ratio.",
         )
 
     @pytest.mark.parametrize("text", ["", "[smooth]", "stages: 5", "stages: [5]"])

@@ -72,9 +72,7 @@ def test_the_ratio_is_that_of_the_perplexities(tokenizer: Any) -> None:
 
 def test_the_divergence_from_a_uniform_baseline_is_its_closed_form(tokenizer: Any) -> None:
     logits = torch.arange(VOCABULARY, dtype=torch.float32)
-    (score,) = score_texts(
-        lambda ids: logits.expand(*ids.shape, -1), tokenizer, TEXTS, context=8, baseline=uniform
-    )
+    (score,) = score_texts(lambda ids: logits.expand(*ids.shape, -1), tokenizer, TEXTS, context=8, baseline=uniform)
     expected = -math.log(VOCABULARY) - logits.log_softmax(0).mean().item()
     assert score["kl_divergence"] == pytest.approx(expected, rel=1e-5)
     assert score["kl_p99"] == pytest.approx(expected, rel=1e-5)
@@ -115,9 +113,7 @@ def test_limit_counts_windows(tokenizer: Any) -> None:
 
 def test_progress_counts_the_windows_done(tokenizer: Any) -> None:
     seen: list[tuple[str, int, int]] = []
-    score_texts(
-        uniform, tokenizer, TEXTS, context=8, batch_size=4, progress=lambda *state: seen.append(state)
-    )
+    score_texts(uniform, tokenizer, TEXTS, context=8, batch_size=4, progress=lambda *state: seen.append(state))
     assert seen == [("walk", 4, 9), ("walk", 8, 9), ("walk", 9, 9)]
 
 

@@ -77,9 +77,7 @@ def test_chat_messages_are_rendered_without_the_bos_that_windows_will_add(tmp_pa
         ("x.parquet", "PAR", "not a parquet file"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused_with_the_reason(
-    tmp_path: Path, name: str, text: str, says: str
-) -> None:
+def test_a_file_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Path, name: str, text: str, says: str) -> None:
     with pytest.raises(TextError, match=says.replace(".", r"\.")):
         read_documents(write(tmp_path / name, text))
 

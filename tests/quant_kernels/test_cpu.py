@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     cpu.instruction_set() not in cpu.BLOCK_ROWS, reason=f"no kernels for {cpu.instruction_set()}"
 )
 BF16_TOLERANCE = 3 * 2**-9
-"""Relative error of three roundings to 8 bits: of the weight or its zero, the product, the sum with the bias."""
+"""Relative error of three roundings to 8 bits: the weight or its zero, the product, its sum with the bias."""
 
 
 def random_weight(

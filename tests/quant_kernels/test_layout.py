@@ -41,7 +41,7 @@ def test_scales_that_do_not_divide_the_codes_are_refused(scale_shape: tuple[int,
 
 def test_zero_points_must_match_the_scales() -> None:
     zero_point = torch.zeros(2, 2, dtype=torch.int8)
-    with pytest.raises(ValueError, match="zero_point is torch.int8 of shape"):
+    with pytest.raises(ValueError, match=r"zero_point is torch\.int8 of shape"):
         check(torch.zeros(2, 8, dtype=torch.int8), torch.ones(2, 1), zero_point, 4)
 
 

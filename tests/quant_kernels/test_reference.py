@@ -1,4 +1,4 @@
-"""The reference is the definition: an explicitly dequantized matrix product, whatever bits, groups and sizes."""
+"""The reference is an explicitly dequantized matrix product, whatever the bits, groups and sizes."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def explicit(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(("rows", "columns", "groups"), [(1, 1, 1), (3, 17, 1), (17, 33, 3), (33, 32, 4)])
-def test_it_equals_the_explicit_product(
-    rows: int, columns: int, groups: int, bits: int, symmetric: bool
-) -> None:
+def test_it_equals_the_explicit_product(rows: int, columns: int, groups: int, bits: int, symmetric: bool) -> None:
     codes, scale, zero_point = random_weight(rows, columns, groups, bits, symmetric)
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(2))

@@ -20,9 +20,7 @@ from compress.models.store import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 COMPRESSIONS = ("pack-quantized", "int-quantized")
-GRIDS = [
-    Grid(bits, symmetric, size) for bits in WEIGHT_BITS for symmetric in (True, False) for size in (32, None)
-]
+GRIDS = [Grid(bits, symmetric, size) for bits in WEIGHT_BITS for symmetric in (True, False) for size in (32, None)]
 INT4 = Grid(4, group_size=32)
 
 
@@ -52,18 +50,14 @@ def quantize(weight: Tensor, grid: Grid, dtype: torch.dtype) -> QuantizedTensor:
     scale = scale.to(dtype)
     shift = 0 if zero_point is None else zero_point.unsqueeze(-1)
     codes = (grouped / scale.float().unsqueeze(-1)).round() + shift
-    return QuantizedTensor(
-        codes.clamp(grid.qmin, grid.qmax).to(torch.int8).view(weight.shape), scale, zero_point, grid
-    )
+    return QuantizedTensor(codes.clamp(grid.qmin, grid.qmax).to(torch.int8).view(weight.shape), scale, zero_point, grid)
 
 
 def headers(*entries: tuple[str, str]) -> dict[str, TensorHeader]:
     return {name: TensorHeader(name, dtype, (1,), Path("x.safetensors"), 0) for name, dtype in entries}
 
 
-def config_of(
-    weights: Mapping[str, Any], targets: Sequence[str] = ("Linear",), **rest: Any
-) -> dict[str, Any]:
+def config_of(weights: Mapping[str, Any], targets: Sequence[str] = ("Linear",), **rest: Any) -> dict[str, Any]:
     return {"config_groups": {"group_0": {"targets": list(targets), "weights": dict(weights), **rest}}}
 
 
@@ -139,9 +133,7 @@ class TestTensors:
     def test_scales_of_another_type_are_refused_with_both_types(self) -> None:
         written = CompressedTensors().encode("layer", random_tensor(INT4))
         written["layer.weight_scale"] = torch.ones(37, 3, dtype=torch.uint8)
-        with pytest.raises(
-            ModelError, match=r"weight_scale: is \[37, 3\] of torch\.uint8, expected .*bfloat16"
-        ):
+        with pytest.raises(ModelError, match=r"weight_scale: is \[37, 3\] of torch\.uint8, expected .*bfloat16"):
             CompressedTensors().decode("layer", written, INT4)
 
     @pytest.mark.parametrize("shape", [[37], [37, 0], [37.0, 96.0], [37, 96, 1]])
@@ -219,9 +211,7 @@ class TestConfig:
         assert {name: grid.bits for name, grid in grids.items()} == {"x.a": 2, "x.b": 3, "x.c": 4}
 
     def test_patterns_match_from_the_start_of_the_name(self) -> None:
-        with pytest.raises(
-            ModelError, match=r"model\.a: is stored quantized, but no config group targets it"
-        ):
+        with pytest.raises(ModelError, match=r"model\.a: is stored quantized, but no config group targets it"):
             CompressedTensors().grids(config_of(W4, ["re:a"]), PACKED)
 
     @pytest.mark.parametrize(
@@ -283,9 +273,7 @@ class TestConfig:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_the_official_package_decompresses_to_our_weights(
-    grid: Grid, compression: Any, dtype: torch.dtype
-) -> None:
+def test_the_official_package_decompresses_to_our_weights(grid: Grid, compression: Any, dtype: torch.dtype) -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
@@ -324,9 +312,7 @@ class TestTransformers:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(settings))
         with torch.no_grad():
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=loaded)(
-                torch.arange(24).view(2, 12)
-            ).logits
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=loaded)(torch.arange(24).view(2, 12)).logits
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

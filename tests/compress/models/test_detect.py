@@ -19,9 +19,7 @@ def detected(headers: Folder) -> Anatomy:
 def decoder(layers: dict[str, tuple[int, ...]], num_blocks: int = 2) -> dict[str, tuple[int, ...]]:
     """Shapes of a decoder with vocabulary 100 and hidden size 16 that has these weights in each block."""
     blocks = {
-        f"model.layers.{index}.{name}.weight": shape
-        for index in range(num_blocks)
-        for name, shape in layers.items()
+        f"model.layers.{index}.{name}.weight": shape for index in range(num_blocks) for name, shape in layers.items()
     }
     return blocks | {"model.embed_tokens.weight": (100, 16), "lm_head.weight": (100, 16)}
 

@@ -51,9 +51,7 @@ def columns_per_channel(model: PreTrainedModel, channels: int, columns: int) -> 
     """The source channel each input column of a layer reads; grouped-query attention repeats heads."""
     if channels == columns:
         return torch.arange(columns)
-    head_dim = getattr(model.config, "head_dim", None) or (
-        model.config.hidden_size // model.config.num_attention_heads
-    )
+    head_dim = getattr(model.config, "head_dim", None) or (model.config.hidden_size // model.config.num_attention_heads)
     heads = torch.arange(channels).view(-1, head_dim)
     return heads.repeat_interleave(columns // channels, dim=0).flatten()
 
@@ -97,9 +95,7 @@ def test_blocks_and_outer_modules_hold_every_parameter(model: PreTrainedModel, a
     assert homeless == []
 
 
-def test_the_embedding_is_the_one_the_model_reads_tokens_with(
-    model: PreTrainedModel, anatomy: Anatomy
-) -> None:
+def test_the_embedding_is_the_one_the_model_reads_tokens_with(model: PreTrainedModel, anatomy: Anatomy) -> None:
     assert model.get_submodule(anatomy.embedding) is model.get_input_embeddings()
 
 
@@ -122,15 +118,10 @@ def test_outer_modules_run_on_their_side_of_the_blocks(
     assert all(order.index(path) > first for path in present(model, anatomy.after))
 
 
-def test_sites_are_in_the_order_data_passes_them(
-    model: PreTrainedModel, anatomy: Anatomy, tokens: Tensor
-) -> None:
+def test_sites_are_in_the_order_data_passes_them(model: PreTrainedModel, anatomy: Anatomy, tokens: Tensor) -> None:
     order, _ = run_order(model, tokens)
     for index in range(len(model.get_submodule(anatomy.blocks))):
-        starts = [
-            [order.index(f"{anatomy.blocks}.{index}.{name}") for name in site.layers]
-            for site in anatomy.sites
-        ]
+        starts = [[order.index(f"{anatomy.blocks}.{index}.{name}") for name in site.layers] for site in anatomy.sites]
         assert all(max(earlier) < min(later) for earlier, later in pairwise(starts))
 
 

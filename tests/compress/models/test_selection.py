@@ -15,11 +15,7 @@ ROLES = {
 }
 LAYERS = [
     LayerName("model.embed_tokens", "embedding", "Embedding"),
-    *(
-        LayerName(f"model.layers.{index}.{name}", role, "Linear")
-        for index in range(2)
-        for name, role in ROLES.items()
-    ),
+    *(LayerName(f"model.layers.{index}.{name}", role, "Linear") for index in range(2) for name, role in ROLES.items()),
     LayerName("model.layers.1.mlp.gate", "router", "Linear"),
     LayerName("lm_head", "lm_head", "Linear"),
 ]
@@ -53,9 +49,7 @@ def test_the_path_of_a_router_does_not_match_the_gate_projection() -> None:
     assert match("model.layers.1.mlp.gate", LAYERS) == ["model.layers.1.mlp.gate"]
 
 
-@pytest.mark.parametrize(
-    "part", ["down_proj", "model.layers.0", "mlp.g", "att", "Lin", "", "re:mlp", "re:model"]
-)
+@pytest.mark.parametrize("part", ["down_proj", "model.layers.0", "mlp.g", "att", "Lin", "", "re:mlp", "re:model"])
 def test_a_part_of_a_name_matches_nothing(part: str) -> None:
     assert match(part, LAYERS) == []
 

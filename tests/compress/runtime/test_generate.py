@@ -51,5 +51,5 @@ def test_no_new_tokens_are_no_request(stories: tuple[Any, Any]) -> None:
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers(stories: tuple[Any, Any]) -> None:
-    with pytest.raises(DataError, match=r"max_new_tokens=500 .* context of 512"):
-        generate(*stories, "Once upon a time there was a little girl", max_new_tokens=500)
+    with pytest.raises(DataError, match=r"max_new_tokens=510 .* context of 512"):
+        generate(*stories, "Once upon a time there was a little girl", max_new_tokens=510)

@@ -24,9 +24,7 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-GRIDS = [
-    Grid(bits, symmetric, size) for bits in (2, 4, 8) for symmetric in (True, False) for size in (None, 64)
-]
+GRIDS = [Grid(bits, symmetric, size) for bits in (2, 4, 8) for symmetric in (True, False) for size in (None, 64)]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -51,9 +49,7 @@ def test_in_float32_it_dequantizes_to_the_very_same_weight() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "bytes_per_weight"), [(2, 0.5), (4, 0.5), (5, 1.0), (8, 1.0)])
-def test_it_keeps_nothing_but_codes_and_scales(
-    bits: int, bytes_per_weight: float, dtype: torch.dtype
-) -> None:
+def test_it_keeps_nothing_but_codes_and_scales(bits: int, bytes_per_weight: float, dtype: torch.dtype) -> None:
     layer = QuantLinear.from_quantized(quantized(Grid(bits, True, 128), 64, 1024), dtype=dtype)
     held = sum(tensor.nbytes for tensor in layer.state_dict().values())
     assert held <= 64 * 1024 * (bytes_per_weight + 4 / 128)

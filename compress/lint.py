@@ -1,0 +1,95 @@
+"""What speaks against a plan: each function looks for one kind of mistake and returns a sentence for every one.
+
+None of these is found by running: a run would fail hours later, or the serving engine would refuse its result.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from compress.checkpoint import Format
+from compress.core.scheme import Grid
+from compress.models.anatomy import Anatomy
+from compress.models.selection import LayerName
+from compress.recipe import Recipe
+
+SIZES = (256, 128, 64, 32, 16)
+"""Group sizes that engines have kernels for, offered in place of one that does not divide."""
+
+
+def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int]) -> list[str]:
+    """Stages that would change nothing, or stand where they cannot work. `owner`: layer → stage."""
+    problems = []
+    quantizers = [index for index, stage in enumerate(recipe.stages) if stage.quantizes]
+    for index, stage in enumerate(recipe.stages):
+        where = recipe.where("stages", index, stage.name)
+        if stage.quantizes:
+            if index not in owner.values():
+                problems.append(f"{where}: stages[{index}].{stage.name} would change nothing: no layer is left for it")
+            continue
+        if not any(later > index for later in quantizers):
+            problems.append(f"{where}: {stage.name} prepares weights for a quantizer; put rtn or gptq after it")
+        if any(earlier < index for earlier in quantizers):
+            problems.append(f"{where}: {stage.name} must come before every quantizer")
+        if not any(site.source for site in anatomy.sites):
+            problems.append(f"{where}: {stage.name} has nowhere to fold its scales in the {anatomy.family} family")
+    return problems
+
+
+def groups(
+    recipe: Recipe, owner: Mapping[str, int], grids: Mapping[str, Grid], shapes: Mapping[str, tuple[int, int]]
+) -> list[str]:
+    """Groups that do not divide the rows of a layer; layers of one width in one sentence."""
+    names_by_case: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, grid in grids.items():
+        if grid.group_size and shapes[name][1] % grid.group_size:
+            names_by_case[owner[name], shapes[name][1]].append(name)
+    problems = []
+    for (index, width), names in names_by_case.items():
+        stage = recipe.stages[index]
+        fits = [str(size) for size in SIZES if width % size == 0][:2]
+        fix = f"Use {' or '.join(fits)}" if fits else "Use group_size: null (one scale per channel)"
+        others = f" (and {len(names) - 1} more layers)" if len(names) > 1 else ""
+        problems.append(
+            f"{recipe.where('stages', index, stage.name, 'group_size')}: {names[0]}{others}: in_features={width} "
+            f"is not a multiple of group_size={stage.grid.group_size}. {fix}, or add it to 'ignore'"
+        )
+    return problems
+
+
+def storage(
+    recipe: Recipe,
+    owner: Mapping[str, int],
+    grids: Mapping[str, Grid],
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Sequence[LayerName],
+    form: Format,
+) -> list[str]:
+    """Layers that the checkpoint's format cannot hold: the first of each kind."""
+    found: dict[tuple[int, str], str] = {}
+    for layer in (layer for layer in layers if layer.name in grids):
+        for problem in form.problems(layer.name, layer.kind, shapes[layer.name], grids[layer.name]):
+            found.setdefault((owner[layer.name], layer.kind), problem)
+    return [
+        f"{recipe.where('stages', index, recipe.stages[index].name)}: {problem}"
+        for (index, _), problem in found.items()
+    ]
+
+
+def fused(anatomy: Anatomy, layers: Sequence[LayerName], grids: Mapping[str, Grid]) -> list[str]:
+    """Layers that a serving engine runs as one matrix, quantized differently: the first block of each kind."""
+    present = {layer.name: layer for layer in layers}
+    prefixes = sorted({".".join(name.split(".")[: anatomy.blocks.count(".") + 2]) for name in present})
+    problems = []
+    for site in (site for site in anatomy.sites if site.fused):
+        for prefix in prefixes:
+            found = {local: grids.get(f"{prefix}.{local}") for local in site.layers if f"{prefix}.{local}" in present}
+            if len(set(found.values())) > 1:
+                told = ", ".join(f"{name} {grid.scheme if grid else 'kept'}" for name, grid in sorted(found.items()))
+                problems.append(
+                    f"{prefix}: {told}: serving engines run these as one matrix; "
+                    "give them the same scheme and group_size, or ignore all of them"
+                )
+                break
+    return problems

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress.errors import OutputError, StorageError, VerificationError
+from compress.checkpoint.compressed_tensors import CompressedTensors
+from compress.core.qtensor import QuantizedTensor
+from compress.pipeline import prepare
+
+SMALL = [
+    "gptq.group_size=32",
+    "calibration.samples=8",
+    "calibration.sequence_length=48",
+    "evaluation.samples=4",
+]
+
+
+def compressed(tiny: Path, text: Path, output: Path, *more: str, **options: Any) -> dict[str, Any]:
+    return compress.run(
+        "w4a16-gptq", model=str(tiny), output=output, calibration=str(text), overrides=[*SMALL, *more], **options
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint except the reports, which carry times."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if not file.name.startswith("report")}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "out"
+    compressed(tiny, text, output)
+    return output
+
+
+def test_a_run_leaves_a_whole_folder(finished: Path) -> None:
+    names = set(contents(finished))
+    assert {"config.json", "recipe.yaml", "tokenizer.json", "model.safetensors.index.json"} <= names
+    report = json.loads((finished / "report.json").read_text())
+    keys = "recipe model stages bytes_before bytes_after bits_per_weight calibration peak_memory_bytes seconds versions"
+    assert set(keys.split()) | {"evaluation", "gates"} <= set(report)
+    assert len(report["stages"][0]["layers"]) == 21
+    assert report["calibration"]["tokens"] == 8 * 48
+
+
+def test_what_was_planned_is_what_was_written(tiny: Path, text: Path, finished: Path) -> None:
+    plan = prepare("w4a16-gptq", model=str(tiny), calibration=str(text), overrides=SMALL)
+    assert plan.bytes_after == sum(file.stat().st_size for file in finished.glob("*.safetensors"))
+
+
+def test_transformers_loads_the_folder_and_computes_what_we_compute(finished: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    theirs = AutoModelForCausalLM.from_pretrained(finished, dtype=torch.float32)
+    ours, tokenizer = compress.load(finished, dtype=torch.float32)
+    tokens = tokenizer("the carver leaves only what matters", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected, got = theirs(tokens).logits, ours(tokens).logits
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_scoring_reads_the_exported_folder(finished: Path) -> None:
+    text = json.loads((finished / "report.json").read_text())["evaluation"]["texts"][0]
+    assert 0 < text["kl_divergence"] < 1
+    assert 0 < text["top1_agreement"] <= 1
+    assert text["perplexity_ratio"] == pytest.approx(text["perplexity"] / text["baseline_perplexity"])
+
+
+def test_two_runs_write_the_same_bytes(tiny: Path, text: Path, finished: Path, tmp_path: Path) -> None:
+    compressed(tiny, text, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(finished)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_killed_run_resumes_to_the_same_bytes(
+    tiny: Path, text: Path, finished: Path, tmp_path: Path, stop_after: int
+) -> None:
+    output = tmp_path / "out"
+    overrides = [word for override in SMALL for word in ("--set", override)]
+    command = [sys.executable, "-m", "compress.cli", "run", "w4a16-gptq", "--model", str(tiny)]
+    command += ["--calibration", str(text), "--output", str(output), *overrides]
+    environment = dict(os.environ, PYTHONPATH=str(Path(compress.__file__).parents[1]))
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
+    manifest = tmp_path / "out.partial" / ".netsuke" / "manifest.json"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and run.poll() is None:
+        if manifest.exists() and json.loads(manifest.read_text())["blocks"] >= stop_after:
+            run.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    _, complaint = run.communicate()
+    assert run.returncode == -signal.SIGKILL, complaint.decode()
+    assert not output.exists()
+    compressed(tiny, text, output, resume=True)
+    assert contents(output) == contents(finished)
+
+
+def test_a_resumed_run_must_be_the_same_run(tiny: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compressed(tiny, text, tmp_path / "out", progress=interrupt)
+    with pytest.raises(OutputError, match="another recipe, model or calibration text"):
+        compressed(tiny, text, tmp_path / "out", "gptq.damping=0.5", resume=True)
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    tiny: Path, text: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up while the second shard is synced; with room again the run goes on."""
+    real, calls = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        if str(target).endswith(".safetensors"):
+            calls.append(target)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(StorageError, match="No space left on device.*--resume"):
+        compressed(tiny, text, tmp_path / "out")
+    monkeypatch.undo()
+    compressed(tiny, text, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_a_checkpoint_that_computes_something_else_is_not_published(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit of one layer flips between the walk and the disk."""
+    encode = CompressedTensors.encode
+
+    def damaged(self: CompressedTensors, name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+        tensors = encode(self, name, tensor)
+        if name.endswith("layers.1.mlp.down_proj"):
+            tensors[f"{name}.weight_packed"][0, 0] ^= 0x70
+        return tensors
+
+    monkeypatch.setattr(CompressedTensors, "encode", damaged)
+    with pytest.raises(VerificationError, match="reloaded, it computes logits that differ"):
+        compressed(tiny, text, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_compose_in_code(tiny: Path, tmp_path: Path) -> None:
+    pipeline = compress.Pipeline([compress.RTN(scheme="w8a16", group_size=None)])
+    report = pipeline.run(model=str(tiny), output=tmp_path / "out")
+    assert report["bits_per_weight"] == pytest.approx(8.2, abs=0.2)
+    assert report["evaluation"] is None
+    assert "no text to score on" in report["evaluation_note"]
+
+
+def interrupt(phase: str, done: float, words: str) -> None:
+    if words == "block 2 of 3":
+        raise KeyboardInterrupt
