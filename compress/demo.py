@@ -157,8 +157,9 @@ def _sources(root: Path) -> Iterator[Path]:
 
 
 def _stream(documents: Sequence[str], tokenizer: Any) -> Tensor:
-    """The tokens of all documents in one row, the end-of-text token between them."""
-    return torch.tensor(tokenizer(END_OF_TEXT.join(documents))["input_ids"])
+    """The tokens of all documents in one row, each closed by the end-of-text token."""
+    end = tokenizer.eos_token_id
+    return torch.tensor([token for ids in tokenizer(list(documents))["input_ids"] for token in (*ids, end)])
 
 
 def _write_jsonl(path: Path, documents: Sequence[str]) -> None:

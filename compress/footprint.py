@@ -33,12 +33,12 @@ def peak_memory(plan: Plan) -> int:
     """Predicted peak resident memory of a run in bytes: the largest phase on top of the imports.
 
     Walking: one block in the compute dtype, its integer codes and their packed form, the widest site's statistics
-    with what their factorisation needs, one batch on its way through the block. Scoring: embedding, head and one
-    block of both models in float32, and one batch of logits a few times over.
+    with what their factorisation needs, one batch on its way through the block. Scoring: the largest part of a
+    model in float32, and one batch of logits a few times over.
     """
     inside = [layer for layer in plan.layers if layer.block == 0]
     weights = sum(layer.shape[0] * layer.shape[1] for layer in inside)
-    outside = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers if layer.block is None)
+    outer = [layer.shape[0] * layer.shape[1] for layer in plan.layers if layer.block is None]
     columns = max(layer.shape[1] for layer in inside)
     widest = max(layer.shape[0] * layer.shape[1] for layer in inside)
     stored = tensor_bytes(plan.layers[0].dtype, (1,))
@@ -47,8 +47,8 @@ def peak_memory(plan: Plan) -> int:
     statistics = HESSIANS * columns**2 * (8 if columns < WIDE else 4) if calibrated else 0
     batch = tokens * 4 * sum(layer.shape[0] for layer in inside)
     walking = weights * (stored + 2) + max(statistics, batch) + COPIES * 4 * widest
-    scoring = 2 * 4 * (outside + weights) + LOGITS * SCORING_BYTES if plan.anatomy.head else 0
-    writing = 2 * stored * outside
+    scoring = 4 * max(weights, *outer) + LOGITS * SCORING_BYTES if plan.anatomy.head else 0
+    writing = stored * sum(outer)
     return IMPORTS + max(walking, scoring, writing)
 
 
@@ -62,9 +62,16 @@ def memory_now() -> int:
 
 
 def peak_memory_so_far() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The largest resident memory of this process so far, in bytes.
+
+    Linux says it in /proc; `getrusage` may count what the process that started this one held.
+    """
+    try:
+        with open("/proc/self/status") as stream:
+            return next(int(line.split()[1]) for line in stream if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:

@@ -225,7 +225,7 @@ class _Job:
         hidden = self._activation_file(self.plan.num_blocks)
         batch = max(1, BATCH_TOKENS // hidden.length)
         tokens = self.windows.tokens[:batch]
-        with self.model.resident():
+        with self.model.streamed():
             expected = finish(self.model, tokens[:1], hidden.read(0, 1))
         reloaded = open_model(self.folder.partial, dtype=self.model.dtype, device=str(self.model.device))
         scratch = self.folder.scratch / "verify"
@@ -235,7 +235,7 @@ class _Job:
         result = entrance.inputs
         for _, result in walk(reloaded, entrance, entrance.inputs, scratch, lambda block: None):
             pass
-        with reloaded.resident():
+        with reloaded.streamed():
             computed = finish(reloaded, tokens[:1], result.read(0, 1))
         difference = ((computed - expected).float().norm() / expected.float().norm()).item()
         limit = TOLERANCE[self.model.dtype]

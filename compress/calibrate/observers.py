@@ -53,14 +53,16 @@ class MomentsObserver:
         """Add a batch; its last axis is the input channels, all others are tokens."""
         n = len(self._sum_abs)
         x = inputs.reshape(-1, n).float()
-        finite = x.isfinite().all(dim=1)
-        if not finite.all():
+        magnitude = x.abs().sum(dim=0)
+        if not magnitude.isfinite().all():
+            finite = x.isfinite().all(dim=1)
             self._num_dropped += int((~finite).sum())
             x = x[finite]
+            magnitude = x.abs().sum(dim=0)
         self._gram, self._sum_abs = self._gram.to(x.device), self._sum_abs.to(x.device)
         for a in range(0, n, PANEL):
             self._gram[a : a + PANEL, a:] += x[:, a : a + PANEL].T @ x[:, a:]
-        self._sum_abs += x.abs().sum(dim=0, dtype=torch.float64)
+        self._sum_abs += magnitude
         self._num_tokens += len(x)
 
     def result(self, expected_tokens: int, name: str) -> Moments:

@@ -13,11 +13,13 @@ value was used.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from compress.errors import NumericalError
 
+PIVOTS = 32
+"""Columns that `pivot_order` picks at a time."""
 LEAF = 128
 """Triangles of this size are inverted directly."""
 
@@ -57,6 +59,32 @@ def inverse_cholesky(hessian: Float[Tensor, "in in"], damping: float) -> tuple[F
                 f"its diagonal spans [{hessian.diagonal().min():g}, {hessian.diagonal().max():g}]"
             )
         damping = min(10 * damping, 1.0)
+
+
+def pivot_order(hessian: Float[Tensor, "in in"], damping: float) -> Int[Tensor, "in"]:
+    """The order in which to round columns so that Σ_j U_jj⁻² is small, U the inverse Cholesky factor of H so ordered.
+
+    U_jj⁻² is the energy of input j that the inputs after it do not explain. Only the product of these terms is fixed,
+    so small ones should be taken where they are small already: the last column is the one of least energy, the one
+    before it that of the least energy unexplained by the last, and so on. They are picked PIVOTS at a time, each time
+    by what remains once the ones already picked are projected out; exact picking gains another percent and is slower.
+    Sorting by H_jj, GPTQ's act-order, is the first pick applied to all.
+    """
+    rest = damped(hessian, damping).float()
+    left = torch.arange(len(rest), device=rest.device)
+    picked = []
+    while len(left):
+        ranked = rest.diagonal().argsort(stable=True)
+        pick, keep = ranked[:PIVOTS], ranked[PIVOTS:].sort().values
+        factor, failed = torch.linalg.cholesky_ex(rest[pick.unsqueeze(1), pick])
+        if failed:  # what remains is rounding noise; any order will do
+            picked.append(left[ranked])
+            break
+        picked.append(left[pick])
+        explained = torch.linalg.solve_triangular(factor, rest[pick][:, keep], upper=False)
+        rest = rest[keep.unsqueeze(1), keep].addmm_(explained.T, explained, alpha=-1)
+        left = left[keep]
+    return torch.cat(picked).flip(0)
 
 
 def invert_upper_(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

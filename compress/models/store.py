@@ -120,18 +120,17 @@ class LazyModel:
 
     @contextmanager
     def streamed(self) -> Iterator[nn.Module]:
-        """The module, runnable as it is: blocks are filled as the data reaches them and emptied behind it."""
+        """The module, runnable as it is: each part is filled as the data reaches it and emptied behind it."""
         hooks = []
-        for index, block in enumerate(self.blocks):
-            name = self.block_name(index)
-            hooks.append(block.register_forward_pre_hook(lambda *_, name=name: self.materialise(name)))
-            hooks.append(block.register_forward_hook(lambda *_, name=name: self.release(name)))
-        with self.resident():
-            try:
-                yield self.module
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        for name in [*self.outer(), *(self.block_name(index) for index in range(len(self.blocks)))]:
+            part = self.module.get_submodule(name)
+            hooks.append(part.register_forward_pre_hook(lambda *_, name=name: self.materialise(name)))
+            hooks.append(part.register_forward_hook(lambda *_, name=name: self.release(name)))
+        try:
+            yield self.module
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -81,47 +82,54 @@ def test_the_end_of_text_is_one_token() -> None:
     assert tokenizer("a<|endoftext|>b")["input_ids"][1] == tokenizer.eos_token_id == 256
 
 
+@dataclass
+class Built:
+    """A model after eight steps, no good, but trained; what `build_model` returned and told on the way."""
+
+    folder: Path
+    facts: dict[str, float]
+    shares: list[float]
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """A model after eight steps: no good, but trained."""
-    folder = tmp_path_factory.mktemp("demo")
-    return folder, build_model(folder, steps=8)
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder, shares = tmp_path_factory.mktemp("demo"), list[float]()
+    facts = build_model(folder, steps=8, progress=lambda phase, done, words: shares.append(done))
+    return Built(folder, facts, shares)
 
 
-def test_a_few_steps_of_training_beat_a_guess(built: tuple[Path, dict[str, float]]) -> None:
-    assert built[1]["loss"] < math.log(257) - 0.5
+def test_a_few_steps_of_training_beat_a_guess(built: Built) -> None:
+    assert built.facts["loss"] < math.log(257) - 0.5
 
 
-def test_transformers_loads_the_model_and_its_tokenizer(built: tuple[Path, dict[str, float]]) -> None:
+def test_transformers_loads_the_model_and_its_tokenizer(built: Built) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(built[0] / "model")
-    model = AutoModelForCausalLM.from_pretrained(built[0] / "model")
+    tokenizer = AutoTokenizer.from_pretrained(built.folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(built.folder / "model")
     tokens = tokenizer("Return the", return_tensors="pt")["input_ids"]
     assert tokens.shape == (1, 10)
     assert torch.isfinite(model(tokens).logits).all()
 
 
-def test_the_weights_are_stored_in_16_bits(built: tuple[Path, dict[str, float]]) -> None:
-    stored = (built[0] / "model" / "model.safetensors").stat().st_size
-    assert stored == pytest.approx(2 * built[1]["parameters"], rel=0.01)
+def test_the_weights_are_stored_in_16_bits(built: Built) -> None:
+    stored = (built.folder / "model" / "model.safetensors").stat().st_size
+    assert stored == pytest.approx(2 * built.facts["parameters"], rel=0.01)
 
 
-def test_every_shipped_group_divides_every_layer_of_the_model(built: tuple[Path, dict[str, float]]) -> None:
-    config = json.loads((built[0] / "model" / "config.json").read_text())
+def test_every_shipped_group_divides_every_layer_of_the_model(built: Built) -> None:
+    config = json.loads((built.folder / "model" / "config.json").read_text())
     assert config["hidden_size"] % 128 == config["intermediate_size"] % 128 == 0
 
 
 @pytest.mark.parametrize("name", ["calibration.jsonl", "test.jsonl"])
-def test_held_out_texts_are_documents_one_a_line(built: tuple[Path, dict[str, float]], name: str) -> None:
-    lines = (built[0] / name).read_text(encoding="utf-8").splitlines()
+def test_held_out_texts_are_documents_one_a_line(built: Built, name: str) -> None:
+    lines = (built.folder / name).read_text(encoding="utf-8").splitlines()
     assert sum(len(json.loads(line)["text"].encode()) for line in lines) >= HELD_OUT_BYTES
 
 
-def test_progress_rises_to_the_whole(tmp_path: Path) -> None:
-    shares: list[float] = []
-    build_model(tmp_path, steps=2, progress=lambda phase, done, words: shares.append(done))
-    assert shares == [0.0, 0.5, 1.0]
+def test_progress_rises_to_the_whole(built: Built) -> None:
+    assert built.shares == [step / 8 for step in range(9)]
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:

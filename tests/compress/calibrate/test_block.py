@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.calibrate.activations import Activations
+from compress.calibrate.block import Block
+from compress.calibrate.walk import enter, walk
+from compress.core.affine import quantize
+from compress.core.ranges import minmax
+from compress.core.scheme import Grid
+from compress.models.store import LazyModel
+
+INDEX = 1
+
+
+@pytest.fixture
+def model(tiny: Path) -> LazyModel:
+    return LazyModel.open(tiny)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(2, 250, (9, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def block(model: LazyModel, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Block]:
+    """The second block, fed by the first, in batches of four windows so that the last one is short."""
+    monkeypatch.setattr("compress.calibrate.block.BATCH_TOKENS", 4 * 24)
+    entrance = enter(model, tokens, tmp_path / "activations-0")
+    steps = walk(model, entrance, entrance.inputs, tmp_path, lambda block: None)
+    _, outputs = next(steps)
+    model.materialise(model.block_name(INDEX))
+    yield Block(model, INDEX, outputs, entrance.arguments[INDEX], tmp_path)
+
+
+def rounded(block: Block, name: str) -> None:
+    grid = Grid(3, symmetric=True, group_size=32)
+    weight = block.weight(name)
+    block.quantize(name, quantize(weight, *minmax(weight, grid, torch.bfloat16), grid))
+
+
+def observed_directly(block: Block, name: str) -> Tensor:
+    """The layer's inputs from one plain forward pass over all windows."""
+    caught: list[Tensor] = []
+    layer = block.model.module.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    hidden = block.inputs.read(0, block.inputs.windows)
+    with torch.inference_mode():
+        block.module(hidden, *block._arguments.args, **block._arguments.kwargs)
+    handle.remove()
+    return caught[0].reshape(-1, caught[0].shape[-1])
+
+
+def test_moments_at_each_site_are_those_of_a_plain_forward_pass_through_what_is_quantized(block: Block) -> None:
+    """Also when a sublayer resumes from stored inputs: after attention is quantized, and after the MLP's inputs are."""
+    for site in block.sites:
+        hessian = block.moments(site).hessian
+        inputs = observed_directly(block, site.layers[0]).double()
+        expected = inputs.T @ inputs / len(inputs)
+        assert torch.allclose(hessian, expected, rtol=1e-4, atol=1e-6 * expected.diagonal().max().item())
+        for name in site.layers:
+            rounded(block, name)
+
+
+def test_stored_inputs_give_the_outputs_of_the_whole_block(block: Block, tmp_path: Path) -> None:
+    for site in block.sites:
+        block.moments(site)
+        for name in site.layers:
+            rounded(block, name)
+    assert set(block._kept) == {1, 3}
+    outputs = block.propagate(Activations(tmp_path / "out", 24, 64, torch.float32))
+    hidden = block.inputs.read(0, 9)
+    with torch.inference_mode():
+        expected = block.module(hidden, *block._arguments.args, **block._arguments.kwargs)
+    assert torch.allclose(outputs.read(0, 9), expected, atol=1e-5)
+
+
+def test_stored_inputs_are_dropped_when_something_before_them_changes(block: Block) -> None:
+    attention, output = block.sites[0], block.sites[1]
+    before = block.moments(output).hessian
+    rounded(block, attention.layers[0])
+    assert not torch.equal(block.moments(output).hessian, before)
+
+
+@pytest.mark.parametrize("site", [0, 1, 2, 3])
+def test_folding_a_scale_into_a_source_preserves_the_function(block: Block, site: int) -> None:
+    hidden = block.inputs.read(0, 9)
+    place = block.sites[site]
+
+    def answer() -> Tensor:
+        with torch.inference_mode():
+            return block.module(hidden, *block._arguments.args, **block._arguments.kwargs)
+
+    before = answer()
+    width = block.weight(place.layers[0]).shape[1]
+    scale = block.tie(place, torch.rand(width, generator=torch.Generator().manual_seed(1)) + 0.5)
+    stored = block.fold(place, scale)
+    for name in place.layers:
+        block.rewrite(name, block.weight(name) * stored)
+    assert torch.allclose(answer(), before, atol=1e-4)
+    assert block.rewritten
+
+
+def test_a_tied_scale_is_shared_by_the_query_heads_of_a_value_head(block: Block) -> None:
+    scale = torch.rand(64) + 0.5
+    tied = block.tie(block.sites[1], scale).view(2, 2, 16)
+    assert torch.equal(tied[:, 0], tied[:, 1])
+    assert torch.allclose(tied[0, 0].log(), scale.view(2, 2, 16)[0].log().mean(dim=0))
+
+
+def test_the_walk_empties_each_block_and_hands_over_its_outputs(
+    model: LazyModel, tokens: Tensor, tmp_path: Path
+) -> None:
+    entrance = enter(model, tokens, tmp_path / "activations-0")
+    seen = [block.index for block, _ in walk(model, entrance, entrance.inputs, tmp_path, lambda block: None)]
+    assert seen == [0, 1, 2]
+    assert all(parameter.is_meta for parameter in model.module.parameters())
+    assert [file.name for file in tmp_path.iterdir()] == ["activations-3"]
