@@ -35,8 +35,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 EVERYWHERE = "errors"
-PART_OF_FILE = {"footprint": "plan", "report_page": "report", "report_words": "report"}
-"""Files that belong to a part by another name: the memory a plan will need, the looks and words of a report."""
+PART_OF_FILE = {"footprint": "plan", "lint": "plan", "report_page": "report", "report_words": "report"}
+"""Files that belong to a part by another name: the memory a plan needs, what speaks against it, the looks and words of a report."""
 SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the codecs that wrote it"}
 KERNEL_USERS = ("checkpoint", "runtime", "doctor")
 EVAL_USERS = ("calibrate", "scoring", "pipeline", "cli")

@@ -30,6 +30,10 @@ class Format(Protocol):
     def name(self) -> str:
         """What recipes call it."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether codes are stored, so that `decode` gives them back."""
+
     def problems(self, name: str, kind: str, shape: tuple[int, int], grid: Grid) -> list[str]:
         """Why this layer cannot be stored, a sentence each; `kind` is the class of its module."""
 

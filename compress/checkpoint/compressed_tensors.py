@@ -63,6 +63,7 @@ class CompressedTensors:
 
     compression: Compression = "pack-quantized"
     name: ClassVar[str] = "compressed-tensors"
+    packs: ClassVar[bool] = True
 
     def problems(self, name: str, kind: str, shape: tuple[int, int], grid: Grid) -> list[str]:
         """What speaks against storing this layer, a sentence each; `kind` is the class of its module."""

@@ -24,6 +24,7 @@ class Dense:
     """Writes [out, in] weights in the dtype of their scales; there is nothing to read back but weights."""
 
     name: ClassVar[str] = "dense"
+    packs: ClassVar[bool] = False
 
     def problems(self, name: str, kind: str, shape: tuple[int, int], grid: Grid) -> list[str]:
         """None: any layer has ordinary weights."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.core.scheme import Grid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """One weight of shape [out, in] on an integer grid: `w = (codes - zero_point) · scale`.
 
@@ -23,6 +23,18 @@ class QuantizedTensor:
     scale: Float[Tensor, "out groups"]
     zero_point: Int8[Tensor, "out groups"] | None
     grid: Grid
+
+    def __eq__(self, other: object) -> bool:
+        """The same grid and, bit for bit, the same codes, scales and zero points."""
+        if not isinstance(other, QuantizedTensor):
+            return NotImplemented
+        pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.zero_point, other.zero_point))
+        return self.grid == other.grid and all(
+            (mine is None and its is None) or (mine is not None and its is not None and torch.equal(mine, its))
+            for mine, its in pairs
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -32,7 +32,8 @@ from compress.core.scheme import Grid
 Range = Literal["minmax", "mse", "importance"]
 Params = tuple[Float[Tensor, "out groups"], Int8[Tensor, "out groups"] | None]
 
-SHRINK = tuple(1.2 - 0.05 * k for k in range(17))
+SHRINK = tuple(k / 16 for k in range(19, 5, -1))
+"""The candidate ranges, relative to the one that covers every weight."""
 POLISHES = 3
 SLICE = 1 << 17
 """Weights per slice of rows."""
@@ -42,7 +43,7 @@ def choose(
     weight: Float[Tensor, "out in"],
     grid: Grid,
     dtype: torch.dtype,
-    range: Range,  # noqa: A002
+    range: Range,
     importance: Float[Tensor, "in"] | None = None,
 ) -> Params:
     """Scale and zero point per group, by the named rule. `importance` is used by the rule of that name only."""
@@ -66,7 +67,7 @@ def search(
     importance: Float[Tensor, "in"] | None = None,
 ) -> Params:
     """The range of least (importance-weighted) squared error; never worse than `minmax` in that error."""
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     root = None
     if importance is not None:
         root = by_group(importance.float().clamp(min=0).sqrt().unsqueeze(0), grid)
@@ -101,8 +102,7 @@ def _search(
             proposal = _better(sums.fit(candidate, offset.float()), proposal)
 
     for _ in range(POLISHES + 1):
-        _, scale, zero = proposal
-        scale = storable(scale, dtype)
+        scale, zero = storable(proposal[1], dtype), proposal[2]
         best = _better((sums.error(scale.float(), zero), scale, zero), best)
         proposal = sums.fit(best[1].float(), best[2])
     return best[1], best[2]
@@ -168,7 +168,7 @@ class _Regression:
             qq = qq - 2 * zero * q + zero * zero * self.mass
             wq = wq - zero * self.total
         fitted = wq / qq
-        usable = (qq > 0) & (wq != 0) & (fitted.isfinite())
+        usable = fitted.isfinite() & (fitted * scale > 0)
         return (
             torch.where(usable, self.energy - wq * fitted, self.energy),
             torch.where(usable, fitted, scale),

@@ -70,7 +70,7 @@ def gptq(
     grid: Grid,
     *,
     scale_dtype: torch.dtype,
-    range: Range = "importance",  # noqa: A002
+    range: Range = "importance",
     act_order: ActOrder = "static",
     damping: float = 0.01,
     block_size: int = 128,
@@ -97,7 +97,8 @@ def gptq(
     except NotPositiveDefinite as error:
         nearest = rtn(weight, grid, scale_dtype=scale_dtype, range=range, importance=importance)
         return GPTQResult(nearest, damping, f"round to nearest, because {error}", num_dead)
-    upper, parts = upper.float(), []
+    upper = (upper / upper.diagonal().unsqueeze(1)).float()
+    parts = []
     for rows in weight.float().split(ROWS):
         part = _solve(rows, upper, order, grid, scale_dtype, range, importance, act_order == "static", block_size)
         parts.append(refine(rows, part, hessian, damping=used, sweeps=sweeps) if sweeps else part)
@@ -127,18 +128,21 @@ def _solve(
     static: bool,
     block_size: int,
 ) -> QuantizedTensor:
-    """The column loop. Not `static`: a group's range is chosen anew from its updated weights when its turn comes."""
+    """The column loop. `upper`: U with its rows divided by U_jj, so that errors need no division.
+
+    Not `static`: a group's range is chosen anew from its updated weights when its turn comes.
+    """
     rows, columns = weight.shape
     size = columns // grid.num_groups(columns)
     scale, zero = ranges.choose(weight, grid, dtype, rule, importance)
     S = scale.float().T.contiguous()
     Z = torch.zeros_like(S) if zero is None else zero.float().T.contiguous()
-    group_of = (order // size).tolist()
     alone = Grid(grid.bits, grid.symmetric)
-    # Transposed, so that a column of the weight is contiguous.
-    W = weight.T[order]
-    codes = torch.empty(columns, rows, dtype=torch.int8, device=weight.device)
+    group_of = (order // size).tolist()
     block = block_size if static else math.gcd(block_size, size)
+    # Transposed, so that a column of the weight is contiguous; levels are codes with their zero point subtracted.
+    W = weight.T[order]
+    levels = torch.empty_like(W)
     errors = torch.empty(min(block, columns), rows, device=weight.device)
     for a in range(0, columns, block):
         b = min(a + block, columns)
@@ -147,19 +151,17 @@ def _solve(
             S[group_of[a]] = fresh.squeeze(1)
             if offset is not None:
                 Z[group_of[a]] = offset.squeeze(1)
-        lower = upper[a:b, a:b].T.contiguous()
-        pivots = lower.diagonal().tolist()
-        for k in range(b - a):
-            w, s, z = W[a + k], S[group_of[a + k]], Z[group_of[a + k]]
+        lo, hi = (grid.qmin - Z).unbind(), (grid.qmax - Z).unbind()
+        feedback = upper[a:b, a:].T.contiguous()
+        for k, (w, level, g) in enumerate(zip(W[a:b], levels[a:b], group_of[a:b], strict=True)):
             if k:
-                w.addmv_(errors[:k].T, lower[k, :k], alpha=-1)
-            q = torch.div(w, s).round_().add_(z).clamp_(grid.qmin, grid.qmax)
-            codes[a + k] = q
-            torch.sub(w, q.sub_(z).mul_(s), out=errors[k]).div_(pivots[k])
-        W[b:].addmm_(upper[a:b, b:].T, errors[: b - a], alpha=-1)
-    codes = codes[order.argsort()].T.contiguous()
+                w.addmv_(errors[:k].T, feedback[k, :k], alpha=-1)
+            torch.div(w, S[g], out=level).round_().clamp_(lo[g], hi[g])
+            torch.addcmul(w, level, S[g], value=-1, out=errors[k])
+        W[b:].addmm_(feedback[b - a :], errors[: b - a], alpha=-1)
+    codes = levels[order.argsort()].view(-1, size, rows).add_(Z.unsqueeze(1)).view(columns, rows)
     zero_point = None if zero is None else Z.T.to(torch.int8).contiguous()
-    return QuantizedTensor(codes, S.T.to(dtype).contiguous(), zero_point, grid)
+    return QuantizedTensor(codes.T.to(torch.int8).contiguous(), S.T.to(dtype).contiguous(), zero_point, grid)
 
 
 def _stack(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -216,6 +218,13 @@ class GPTQ:
     def grid(self) -> Grid:
         return Grid(parse_scheme(self.scheme), self.symmetric, self.group_size)
 
+    @property
+    def order(self) -> ActOrder:
+        """`act_order` by its full name."""
+        if isinstance(self.act_order, bool):
+            return "static" if self.act_order else "none"
+        return self.act_order
+
     def apply(self, block: Block, grids: Mapping[str, Grid]) -> list[LayerReport]:
         """Quantize the layers in `grids`, site by site, each on inputs that the sites before have already changed."""
         return [
@@ -234,7 +243,7 @@ class GPTQ:
                 grid,
                 scale_dtype=block.scale_dtype(names[0]),
                 range=self.range,
-                act_order={True: "static", False: "none"}.get(self.act_order, self.act_order),
+                act_order=self.order,
                 damping=self.damping,
                 block_size=self.block_size,
                 sweeps=self.sweeps,
@@ -242,10 +251,11 @@ class GPTQ:
         except NumericalError as error:
             raise NumericalError(f"{', '.join(names)}: {error}") from error
         reports = []
-        for name, weight, tensor in zip(names, weights, _unstack(result.tensor, [len(w) for w in weights]), strict=True):
+        tensors = _unstack(result.tensor, [len(weight) for weight in weights])
+        for name, weight, tensor in zip(names, weights, tensors, strict=True):
             block.quantize(name, tensor)
-            error = relative_error(weight, tensor.dequantize(), hessian)
-            reports.append(LayerReport(name, grid.scheme, error, result.fallback))
+            lost = relative_error(weight, tensor.dequantize(), hessian)
+            reports.append(LayerReport(name, grid.scheme, lost, result.fallback))
         return reports
 
 

@@ -43,7 +43,7 @@ def refine(
     groups = tensor.scale.shape[1]
     dtype, grid = tensor.scale.dtype, tensor.grid
     H = damped(hessian, damping).float()
-    pull = H.diagonal().reciprocal().tolist()
+    pull = H.diagonal().reciprocal().unsqueeze(1)
     S = tensor.scale.float().T.contiguous()
     Z = torch.zeros_like(S) if tensor.zero_point is None else tensor.zero_point.float().T.contiguous()
     # Transposed, so that a column of the weight is contiguous; levels are codes with their zero point subtracted.
@@ -53,35 +53,32 @@ def refine(
     for _ in range(sweeps):
         for g, q in enumerate(Q):
             group = slice(g * len(q), (g + 1) * len(q))
-            metric, local = H[group, group], G[group].clone()
-            step = _scale_step(S[g], q, metric, local, dtype)
+            metric = H[group, group]
+            step = _scale_step(S[g], q, metric, G[group], dtype)
             S[g] += step
             change = q * step
-            local -= metric @ change
+            # In levels, each column's own optimum lies `distance` from where it is.
+            distance = (G[group] - metric @ change).mul_(pull[group]).div_(S[g])
+            metric = metric * pull[group]
+            limits = grid.qmin - Z[g], grid.qmax - Z[g]
             for a in range(0, len(q), BLOCK):
                 block = slice(a, min(a + BLOCK, len(q)))
-                moved = _descend_(
-                    q[block],
-                    S[g],
-                    (grid.qmin - Z[g], grid.qmax - Z[g]),
-                    metric[block, block],
-                    local[block],
-                    pull[group][block],
-                )
-                local -= metric[:, block] @ moved
-                change[block] += moved
+                moved = _descend(q[block], distance[block], metric[block, block], limits)
+                q[block] += moved
+                change[block] += moved * S[g]
+                distance -= metric[:, block] @ moved
             G -= H[:, group] @ change
     codes = (Q + Z.unsqueeze(1)).view(columns, rows).T.to(torch.int8).contiguous()
     return QuantizedTensor(codes, S.T.to(dtype).contiguous(), tensor.zero_point, grid)
 
 
 def _scale_step(
-    scale: Float[Tensor, "out"],
+    scale: Float[Tensor, " out"],
     q: Float[Tensor, "size out"],
     metric: Float[Tensor, "size size"],
     gradient: Float[Tensor, "size out"],
     dtype: torch.dtype,
-) -> Float[Tensor, "out"]:
+) -> Float[Tensor, " out"]:
     """The change of one group's scales: to the nearest storable least-squares value, 0 where that would not help.
 
     A scale keeps its sign: a format that can only store positive ones may rely on it.
@@ -94,24 +91,16 @@ def _scale_step(
     return torch.where(helps & (best * scale > 0), step, 0.0)
 
 
-def _descend_(
+def _descend(
     q: Float[Tensor, "size out"],
-    scale: Float[Tensor, "out"],
-    limits: tuple[Float[Tensor, "out"], Float[Tensor, "out"]],
+    distance: Float[Tensor, "size out"],
     metric: Float[Tensor, "size size"],
-    gradient: Float[Tensor, "size out"],
-    pull: list[float],
+    limits: tuple[Float[Tensor, " out"], Float[Tensor, " out"]],
 ) -> Float[Tensor, "size out"]:
-    """Moves every level of a block to its own optimum, one column after the other, in place.
-
-    `pull`: 1 / H_jj. Uses up `gradient`, and returns by how much the weights have changed.
-    """
+    """By how many levels each weight of a block moves, one column after the other. `metric`: H_jk / H_jj."""
     moved = torch.empty_like(q)
-    for j in range(len(q)):
+    for j, (level, optimum) in enumerate(zip(q, q + distance, strict=True)):
         if j:
-            gradient[j].addmv_(moved[:j].T, metric[j, :j], alpha=-1)
-        level = torch.mul(gradient[j], pull[j]).div_(scale).add_(q[j]).round_()
-        level.clamp_(*limits)
-        torch.sub(level, q[j], out=moved[j]).mul_(scale)
-        q[j] = level
+            optimum.addmv_(moved[:j].T, metric[j, :j], alpha=-1)
+        torch.sub(optimum.round_().clamp_(*limits), level, out=moved[j])
     return moved

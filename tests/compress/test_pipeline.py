@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.errors import OutputError, StorageError, VerificationError
 from compress.checkpoint.compressed_tensors import CompressedTensors
+from compress.checkpoint.folder import OutputFolder
 from compress.core.qtensor import QuantizedTensor
 from compress.pipeline import prepare
 
@@ -134,7 +135,7 @@ def test_a_full_disk_keeps_what_is_finished(
     assert contents(tmp_path / "out") == contents(finished)
 
 
-def test_a_checkpoint_that_computes_something_else_is_not_published(
+def test_a_layer_that_does_not_decode_to_what_was_encoded_stops_the_run(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One bit of one layer flips between the walk and the disk."""
@@ -147,6 +148,23 @@ def test_a_checkpoint_that_computes_something_else_is_not_published(
         return tensors
 
     monkeypatch.setattr(CompressedTensors, "encode", damaged)
+    with pytest.raises(VerificationError, match=r"layers\.1\.mlp\.down_proj does not decode"):
+        compressed(tiny, text, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_computes_something_else_is_not_published(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last norm is lost on its way to the disk."""
+    write = OutputFolder.write_shard
+
+    def damaged(self: OutputFolder, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        if "model.norm.weight" in tensors:
+            tensors = tensors | {"model.norm.weight": tensors["model.norm.weight"] * 1.01}
+        write(self, index, tensors)
+
+    monkeypatch.setattr(OutputFolder, "write_shard", damaged)
     with pytest.raises(VerificationError, match="reloaded, it computes logits that differ"):
         compressed(tiny, text, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -54,7 +54,7 @@ def test_a_group_that_divides_no_row_is_an_error_with_place_and_fix(tiny: Path) 
 
 def test_a_selector_that_matches_nothing_is_an_error_with_a_suggestion(tiny: Path) -> None:
     found = problems(tiny, GPTQ.replace("lm_head", "lm_haed"))
-    assert found == ("x.yaml:2:43: stages[0].gptq.ignore: 'lm_haed' matches no layer. Did you mean 'lm_head'?",)
+    assert found == ("x.yaml:2:41: stages[0].gptq.ignore: 'lm_haed' matches no layer. Did you mean 'lm_head'?",)
 
 
 def test_layers_that_serve_as_one_must_be_quantized_alike(tiny: Path) -> None:
