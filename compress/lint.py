@@ -40,20 +40,22 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int]) -> list[s
 def groups(
     recipe: Recipe, owner: Mapping[str, int], grids: Mapping[str, Grid], shapes: Mapping[str, tuple[int, int]]
 ) -> list[str]:
-    """Groups that do not divide the rows of a layer; layers of one width in one sentence."""
-    names_by_case: dict[tuple[int, int], list[str]] = defaultdict(list)
+    """Groups that do not divide the rows of some layers: one sentence a stage, with sizes that fit all of them."""
+    names_by_stage: dict[int, list[str]] = defaultdict(list)
     for name, grid in grids.items():
         if grid.group_size and shapes[name][1] % grid.group_size:
-            names_by_case[owner[name], shapes[name][1]].append(name)
+            names_by_stage[owner[name]].append(name)
     problems = []
-    for (index, width), names in names_by_case.items():
+    for index, names in names_by_stage.items():
         stage = recipe.stages[index]
-        fits = [str(size) for size in SIZES if width % size == 0][:2]
+        widths = sorted({shapes[name][1] for name in names})
+        fits = [str(size) for size in SIZES if all(width % size == 0 for width in widths)][:2]
         fix = f"Use {' or '.join(fits)}" if fits else "Use group_size: null (one scale per channel)"
-        others = f" (and {len(names) - 1} more layers)" if len(names) > 1 else ""
+        others = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
         problems.append(
-            f"{recipe.where('stages', index, stage.name, 'group_size')}: {names[0]}{others}: in_features={width} "
-            f"is not a multiple of group_size={stage.grid.group_size}. {fix}, or add it to 'ignore'"
+            f"{recipe.where('stages', index, stage.name, 'group_size')}: {names[0]}{others}: "
+            f"in_features={', '.join(map(str, widths))} is not a multiple of group_size={stage.grid.group_size}. "
+            f"{fix}, or add what it does not divide to 'ignore'"
         )
     return problems
 
