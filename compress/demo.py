@@ -29,12 +29,13 @@ from compress.errors import DataError, OutputError
 Progress = Callable[[str, float, str], None]
 """Called with the phase, the share of the whole that is done (0…1), and a few words."""
 
+MODEL = "docstring-llama"
 RECIPES = ("w8a16-rtn", "w4a16-gptq", "w4a16-awq", "w3a16-gptq")
-PROMPT = "Return a new "
+PROMPT = "Return the "
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 256
 BATCH = 8
-STEPS = 500
+STEPS = 400
 WARMUP_STEPS = 20
 HELD_OUT_BYTES = 64_000
 """Size of each of the two texts that training does not see."""
@@ -63,7 +64,7 @@ def run_demo(folder: Path, progress: Progress | None = None) -> list[dict[str, A
     for index, recipe in enumerate(RECIPES):
         reports[recipe] = pipeline.run(
             recipe,
-            model=str(folder / "model"),
+            model=str(folder / MODEL),
             output=folder / recipe,
             calibration=str(folder / "calibration.jsonl"),
             overrides=overrides,
@@ -73,7 +74,7 @@ def run_demo(folder: Path, progress: Progress | None = None) -> list[dict[str, A
 
 
 def build_model(folder: Path, *, steps: int = STEPS, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
-    """Train the model; write `model/`, `calibration.jsonl` and `test.jsonl` into `folder`.
+    """Train the model; write `docstring-llama/`, `calibration.jsonl` and `test.jsonl` into `folder`.
 
     Returns what it is: `parameters`, `bytes_of_text`, `steps`, and `loss` in nats per byte, the mean of the last
     tenth of the steps.
@@ -91,7 +92,7 @@ def build_model(folder: Path, *, steps: int = STEPS, seed: int = 0, progress: Pr
     for step, loss in enumerate(_train(model, _stream(training, tokenizer), steps, seed), start=1):
         losses.append(loss)
         tell("train", step / steps, f"step {step} of {steps}, {loss:.2f} nats per byte")
-    _save(model, tokenizer, folder / "model")
+    _save(model, tokenizer, folder / MODEL)
     _write_jsonl(folder / "calibration.jsonl", calibration)
     _write_jsonl(folder / "test.jsonl", test)
     last = losses[-max(1, steps // 10) :]
@@ -244,7 +245,7 @@ def _original(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
         "bits_per_weight": 16.0,
         "perplexity": report["evaluation"]["texts"][0]["baseline_perplexity"],
         "kl_divergence": None,
-        "sample": _sample(folder / "model"),
+        "sample": _sample(folder / MODEL),
         "report": None,
     }
 
@@ -263,11 +264,13 @@ def _row(folder: Path, recipe: str, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sample(model: Path) -> str:
-    """How the model goes on after the prompt, in about 120 characters."""
+    """The prompt and the model's next 120 bytes, drawn with the same random numbers for every model."""
     from compress.runtime.generate import generate
     from compress.runtime.load import load
 
-    return generate(*load(model), PROMPT, max_new_tokens=120)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return generate(*load(model), PROMPT, max_new_tokens=120, min_new_tokens=120, do_sample=True, temperature=0.6)
 
 
 def _share(tell: Progress, start: float, end: float, prefix: str = "") -> Progress:

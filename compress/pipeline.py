@@ -28,12 +28,12 @@ from compress import report as reporting
 from compress.calibrate.activations import Activations
 from compress.calibrate.block import BATCH_TOKENS, Block
 from compress.calibrate.capture import finish
-from compress.calibrate.data import Windows, calibration_windows, read_dataset
+from compress.calibrate.data import Windows, calibration_windows, first_tokens, read_dataset
 from compress.calibrate.walk import enter, walk
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key
 from compress.checkpoint.weights import open_model
-from compress.errors import ModelError, VerificationError, eval_package
+from compress.errors import ModelError, VerificationError
 from compress.footprint import peak_memory_so_far, versions
 from compress.models.headers import read_folder
 from compress.models.store import LazyModel, compute_dtype, load_tokenizer, local_folder
@@ -120,6 +120,8 @@ class _Job:
     folder: OutputFolder
     model: LazyModel
     windows: Windows
+    texts: dict[str, Tensor]
+    """Token streams to score on, by name."""
     tokenizer: Any
     manifest: Manifest
     tell: Progress
@@ -131,6 +133,7 @@ class _Job:
         tell("calibrate", 0.0, "reading text")
         tokenizer = load_tokenizer(plan.folder.path)
         windows = _windows(plan, tokenizer)
+        texts = _texts(plan, windows, tokenizer)
         if plan.calibrated and len(windows.tokens) < plan.windows:
             plan = plan.with_windows(len(windows.tokens))
         stored = plan.layers[0].dtype
@@ -139,13 +142,14 @@ class _Job:
         key = run_key(f"{dump(plan.recipe)}{dtype}", plan.folder, windows.hash)
         path = folder.scratch / "manifest.json"
         stages = len(plan.recipe.stages)
+        resume = resume and folder.unfinished
         if resume:
             manifest = Manifest.load(path, key)
         else:
             manifest = Manifest(path, key, seconds=[0.0] * stages, layers=[[] for _ in range(stages)])
         folder.open(resume=resume)
         manifest.save()
-        return cls(plan, folder, model, windows, tokenizer, manifest, tell, started)
+        return cls(plan, folder, model, windows, texts, tokenizer, manifest, tell, started)
 
     # ---- walk --------------------------------------------------------------------------------------------------
 
@@ -248,9 +252,7 @@ class _Job:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         entrance = enter(reloaded, tokens, scratch / "activations-0")
-        result = entrance.inputs
-        for _, result in walk(reloaded, entrance, entrance.inputs, scratch, lambda block: None):
-            pass
+        *_, (_, result) = walk(reloaded, entrance, entrance.inputs, scratch, lambda block: None)
         with reloaded.streamed():
             computed = finish(reloaded, tokens[:1], result.read(0, 1))
         difference = ((computed - expected).float().norm() / expected.float().norm()).item()
@@ -274,18 +276,13 @@ class _Job:
         if self.plan.anatomy.head is None:
             return None, "an encoder has no perplexity; use `netsuke eval --tasks`"
         options = self.plan.recipe.evaluation
-        texts = read_streams([Path(name) for name in options.text], self.tokenizer)
-        if not texts and self.windows.unused:
-            with eval_package():
-                from eval.texts import tokenize
-            texts = {"held-out calibration text": tokenize(self.windows.unused, self.tokenizer)}
-        if not texts:
+        if not self.texts:
             return None, "no text to score on: give --calibration FILE, or evaluation.text in the recipe"
         scores = score_streams(
             self.folder.partial,
             self.plan.folder.path,
             self.tokenizer,
-            texts,
+            self.texts,
             context=options.sequence_length or self.plan.context,
             limit=options.samples,
             device=str(self.model.device),
@@ -350,7 +347,7 @@ class _Job:
     def say(self, phase: str, words: str, share: float = 0.0) -> None:
         """Report progress as a share of the whole run, each phase weighted by the tokens it has to push."""
         blocks = self.windows.tokens.numel() * (3.0 if self.plan.calibrated else 1.0)
-        scoring = 2.0 * self.plan.recipe.evaluation.samples * self.plan.context if self.windows.unused else 1.0
+        scoring = 2.0 * self.plan.recipe.evaluation.samples * self.plan.context * len(self.texts)
         whole = blocks + scoring
         done = blocks * self.manifest.blocks / self.plan.num_blocks + (scoring * share if phase == "score" else 0.0)
         self.tell(phase, done / whole, words)
@@ -378,6 +375,18 @@ def _windows(plan: Plan, tokenizer: Any) -> Windows:
     if Path(options.dataset).exists():
         unused = tuple(read_dataset(options.dataset, options.split, tokenizer))
     return Windows(tokens, f"random-{options.seed}", unused)
+
+
+def _texts(plan: Plan, windows: Windows, tokenizer: Any) -> dict[str, Tensor]:
+    """What the result will be scored on, read before the work so that a missing file is known before it."""
+    options = plan.recipe.evaluation
+    if plan.anatomy.head is None:
+        return {}
+    if options.text:
+        return read_streams([Path(name) for name in options.text], tokenizer)
+    wanted = options.samples * (options.sequence_length or plan.context)
+    stream, _ = first_tokens(windows.unused, tokenizer, wanted)
+    return {"held-out calibration text": stream} if len(stream) > 1 else {}
 
 
 def _gates(plan: Plan, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:

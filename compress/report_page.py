@@ -238,11 +238,15 @@ def _label(kind: str, x: float, y: float, text: object) -> str:
 
 
 def _shades(values: Iterable[float | None]) -> dict[float | None, float]:
-    """How strongly to lay on the accent, 0…1, by value: by its logarithm, from the least to the greatest."""
+    """How strongly to lay on the accent, 0…1, by value: by its logarithm, from the least to the greatest.
+
+    The scale spans at least a factor of four, so that values which hardly differ look alike.
+    """
     known = {value for value in values if value is not None}
     logs = {value: math.log(value) for value in known if value > 0}
     low, high = min(logs.values(), default=0.0), max(logs.values(), default=0.0)
+    spread = max(high - low, math.log(4))
     shades: dict[float | None, float] = {None: 0.0, **dict.fromkeys(known, 0.04)}
     for value, log in logs.items():
-        shades[value] = 0.08 + 0.84 * (log - low) / ((high - low) or 1.0)
+        shades[value] = 0.08 + 0.84 * (log - low) / spread
     return shades

@@ -67,8 +67,8 @@ def verified(report: Report) -> str:
     found = report.get("verification") or {}
     if (difference := found.get("max_relative_difference")) is None:
         return ""
-    tokens = f"{found['tokens']:,} tokens"
-    return f"reloaded from disk, its logits differ by {difference:.1e} from those of the run, over {tokens}"
+    told = f"differ by {difference:.1e} from" if difference else "equal"
+    return f"reloaded from disk, its logits {told} those of the run, over {found['tokens']:,} tokens"
 
 
 def texts(report: Report) -> list[Report]:
@@ -93,7 +93,8 @@ def digits(value: float, significant: int = 3) -> str:
     """In plain notation and without false precision: `1,204`, `73.2`, `0.0031`; tiny ones as `2.1e-06`."""
     if 0 < abs(value) < 1e-5:
         return f"{value:.1e}"
-    places = significant - 1 - math.floor(math.log10(abs(value))) if value else 0
+    rounded = float(f"{value:.{significant - 1}e}")
+    places = significant - 1 - math.floor(math.log10(abs(rounded))) if rounded else 0
     return f"{value:,.{max(places, 0)}f}"
 
 

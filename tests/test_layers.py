@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 EVERYWHERE = "errors"
 PART_OF_FILE = {"footprint": "plan", "lint": "plan", "report_page": "report", "report_words": "report"}
-"""Files that belong to a part by another name: the memory a plan needs, what speaks against it, the looks and words of a report."""
+"""Files that belong to a part by another name."""
 SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the codecs that wrote it"}
 KERNEL_USERS = ("checkpoint", "runtime", "doctor")
 EVAL_USERS = ("calibrate", "scoring", "pipeline", "cli")

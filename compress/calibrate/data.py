@@ -54,19 +54,12 @@ def calibration_windows(documents: Sequence[str], tokenizer: Any, *, samples: in
     returned where the text is short; the plan and the report say how many.
     """
     with eval_package():
-        from eval.texts import prepended_bos, tokenize, windows
+        from eval.texts import prepended_bos, windows
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     bos = prepended_bos(tokenizer)
-    needed = samples * (length - (bos is not None))
-    used = 0
-    count = 0
-    while used < len(order) and count < needed:
-        count += len(tokenize([documents[order[used]]], tokenizer)) + 1
-        used += 1
-    if not used:
-        raise DataError("the calibration text holds no document")
-    tokens = tokenize([documents[index] for index in order[:used]], tokenizer)
+    shuffled = [documents[index] for index in order]
+    tokens, used = first_tokens(shuffled, tokenizer, samples * (length - (bos is not None)))
     if len(tokens) < length:
         raise DataError(
             f"the calibration text has {len(tokens)} tokens, less than one window of {length}. "
@@ -75,6 +68,20 @@ def calibration_windows(documents: Sequence[str], tokenizer: Any, *, samples: in
     chosen = windows(tokens, length, bos)[:samples]
     digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
     return Windows(chosen, digest, tuple(documents[index] for index in sorted(order[used:])))
+
+
+def first_tokens(documents: Sequence[str], tokenizer: Any, count: int) -> tuple[Int[Tensor, " tokens"], int]:
+    """The stream of as many documents as it takes to have `count` tokens, and how many those are."""
+    with eval_package():
+        from eval.texts import tokenize
+    parts: list[str] = []
+    total = 0
+    for document in documents:
+        if total > count:
+            break
+        total += len(tokenize([document], tokenizer)) + 1
+        parts.append(document)
+    return tokenize(parts, tokenizer), len(parts)
 
 
 def _read_hub(name: str, split: str, tokenizer: Any) -> list[str]:

@@ -42,12 +42,17 @@ class OutputFolder:
         """Raise OutputError where something is in the way that must not be touched."""
         if self.final.exists() and not overwrite and (not self.final.is_dir() or any(self.final.iterdir())):
             raise OutputError(f"{self.final}: exists already. Choose another --output, or give --overwrite")
-        if resume and not (self.scratch / "manifest.json").exists():
+        if resume and not self.partial.exists():
             raise OutputError(f"{self.partial}: there is no unfinished run to resume. Run without --resume")
-        if self.partial.exists() and not resume and not overwrite:
+        if self.unfinished and not resume and not overwrite:
             raise OutputError(
                 f"{self.partial}: holds an unfinished run. Continue it with --resume, or drop it with --overwrite"
             )
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run got far enough to leave a manifest, and so something to lose."""
+        return (self.scratch / "manifest.json").exists()
 
     def open(self, *, resume: bool) -> None:
         with writing(self.partial):

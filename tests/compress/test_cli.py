@@ -55,10 +55,18 @@ def occupied(model: Path, output: Path, text: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "spoil", "complaint"),
     [
-        (RECIPE.replace("ignore", "ingore"), nothing, ":4:41: stages[0].gptq has no field 'ingore'. Did you mean 'ignore'?"),
+        (
+            RECIPE.replace("ignore", "ingore"),
+            nothing,
+            ":4:41: stages[0].gptq has no field 'ingore'. Did you mean 'ignore'?",
+        ),
         (RECIPE.replace("lm_head", "lm_haed"), nothing, "'lm_haed' matches no layer. Did you mean 'lm_head'?"),
         (RECIPE.replace("gptq", "gptx"), nothing, "Did you mean 'gptq'?"),
-        (RECIPE.replace("group_size: 32", "group_size: 96"), nothing, "is not a multiple of group_size=96. Use 64 or 32"),
+        (
+            RECIPE.replace("group_size: 32", "group_size: 96"),
+            nothing,
+            "is not a multiple of group_size=96. Use 64 or 32",
+        ),
         (RECIPE.replace("group_size: 32", "group_size: -8"), nothing, "group_size=-8 must be at least 1"),
         (MIXED, nothing, "serving engines run these as one matrix"),
         (RECIPE, without_tokenizer, "has no tokenizer"),

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from compress.demo import (
-    CONTEXT,
     HELD_OUT_BYTES,
+    MODEL,
+    PROMPT,
     RECIPES,
     build_model,
     byte_tokenizer,
@@ -105,20 +106,20 @@ def test_a_few_steps_of_training_beat_a_guess(built: Built) -> None:
 def test_transformers_loads_the_model_and_its_tokenizer(built: Built) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(built.folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(built.folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(built.folder / MODEL)
+    model = AutoModelForCausalLM.from_pretrained(built.folder / MODEL)
     tokens = tokenizer("Return the", return_tensors="pt")["input_ids"]
     assert tokens.shape == (1, 10)
     assert torch.isfinite(model(tokens).logits).all()
 
 
 def test_the_weights_are_stored_in_16_bits(built: Built) -> None:
-    stored = (built.folder / "model" / "model.safetensors").stat().st_size
+    stored = (built.folder / MODEL / "model.safetensors").stat().st_size
     assert stored == pytest.approx(2 * built.facts["parameters"], rel=0.01)
 
 
 def test_every_shipped_group_divides_every_layer_of_the_model(built: Built) -> None:
-    config = json.loads((built.folder / "model" / "config.json").read_text())
+    config = json.loads((built.folder / MODEL / "config.json").read_text())
     assert config["hidden_size"] % 128 == config["intermediate_size"] % 128 == 0
 
 
@@ -148,4 +149,5 @@ def test_the_demo_orders_its_recipes_by_what_they_cost(tmp_path: Path) -> None:
     assert original["perplexity"] < 5
     divergences = [by_recipe[name]["kl_divergence"] for name in ("w8a16-rtn", "w4a16-gptq", "w3a16-gptq")]
     assert divergences == sorted(divergences)
-    assert all(Path(row["report"]).is_file() and len(row["sample"]) > CONTEXT // 4 for row in rows)
+    assert all(Path(row["report"]).is_file() for row in rows)
+    assert all(row["sample"].startswith(PROMPT) and len(row["sample"]) > len(PROMPT) for row in rows)

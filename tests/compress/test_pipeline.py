@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress.errors import OutputError, StorageError, VerificationError
 from compress.checkpoint.compressed_tensors import CompressedTensors
 from compress.checkpoint.folder import OutputFolder
 from compress.core.qtensor import QuantizedTensor
+from compress.errors import OutputError, StorageError, VerificationError
 from compress.pipeline import prepare
 
 SMALL = [

@@ -221,6 +221,13 @@ def test_a_greater_error_is_a_deeper_square() -> None:
     assert math.isclose(middling, (lightest + deepest) / 2, abs_tol=1e-3)
 
 
+def test_errors_that_hardly_differ_look_alike() -> None:
+    row = {block: Square(error, "", "") for block, error in enumerate([0.0100, 0.0105])}
+    tags = Document(heat_map({"attn.q": row}, "block")).tags
+    shades = [float(attributes["fill-opacity"] or "") for tag, attributes in tags if tag == "rect"]
+    assert shades[1] - shades[0] < 0.05
+
+
 @pytest.mark.parametrize("error", [0.0, None, 1e-9])
 def test_a_map_of_one_value_can_be_drawn(error: float | None) -> None:
     assert Document(heat_map({"attn.q": {3: Square(error, "", "")}}, "block")).count("rect") == 1
@@ -267,6 +274,19 @@ def test_the_terminal_gets_human_numbers() -> None:
     assert lines["warning"] == "lm_head is tied to model.embed_tokens and stays"
 
 
+def test_a_long_list_of_warnings_folds_its_end_away() -> None:
+    page = render({**sample(), "warnings": [f"warning {index}" for index in range(20)]})
+    assert "<summary>15 more</summary>" in page
+    assert all(f"<li>warning {index}</li>" in page for index in range(20))
+
+
+def test_a_checkpoint_that_computes_the_same_is_said_to() -> None:
+    exact = {"max_relative_difference": 0.0, "tokens": 256}
+    assert dict(summary_lines({**sample(), "verification": exact}))["verified"] == (
+        "reloaded from disk, its logits equal those of the run, over 256 tokens"
+    )
+
+
 def test_a_checkpoint_that_grew_is_not_said_to_have_shrunk() -> None:
     assert "grew pocket-llama-13m from" in verdict({**sample(), "bytes_after": 30_000_000})
 
@@ -277,7 +297,7 @@ def test_a_hub_snapshot_is_called_by_its_id() -> None:
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(0.0, "0"), (1204.4, "1,204"), (73.161, "73.2"), (0.0031042, "0.00310"), (2.1e-6, "2.1e-06")],
+    [(0.0, "0"), (0.9996, "1.00"), (1204.4, "1,204"), (73.161, "73.2"), (0.0031042, "0.00310"), (2.1e-6, "2.1e-06")],
 )
 def test_numbers_have_three_significant_digits(value: float, said: str) -> None:
     assert digits(value) == said

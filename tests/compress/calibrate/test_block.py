@@ -36,7 +36,7 @@ def block(model: LazyModel, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.
     steps = walk(model, entrance, entrance.inputs, tmp_path, lambda block: None)
     _, outputs = next(steps)
     model.materialise(model.block_name(INDEX))
-    yield Block(model, INDEX, outputs, entrance.arguments[INDEX], tmp_path)
+    return Block(model, INDEX, outputs, entrance.arguments[INDEX], tmp_path)
 
 
 def rounded(block: Block, name: str) -> None:

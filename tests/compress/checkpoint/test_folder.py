@@ -38,6 +38,8 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_is_not_dropped_without_being_told(tmp_path: Path) -> None:
     folder = started(tmp_path / "out")
+    folder.check(resume=False, overwrite=False)
+    (folder.scratch / "manifest.json").write_text("{}")
     with pytest.raises(OutputError, match=r"--resume.*--overwrite"):
         folder.check(resume=False, overwrite=False)
 
