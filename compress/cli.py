@@ -256,11 +256,12 @@ def _print(arguments: argparse.Namespace, result: Any, lines: Any) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     if isinstance(lines, list):
         table = Table.grid(padding=(0, 2))
         for row in lines:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         lines = table
     console = Console()
     console.width = console.width if console.is_terminal else max(console.width, 140)

@@ -53,7 +53,7 @@ def run_demo(folder: Path, progress: Progress | None = None) -> list[dict[str, A
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder}: is not empty. Give another folder, or remove it")
     tell = progress or (lambda *_: None)
-    build_model(folder, progress=_share(tell, 0.0, 0.4))
+    build_model(folder, progress=_share(tell, 0.0, 0.8))
     overrides = [
         "calibration.samples=64",
         f"calibration.sequence_length={CONTEXT}",
@@ -68,7 +68,7 @@ def run_demo(folder: Path, progress: Progress | None = None) -> list[dict[str, A
             output=folder / recipe,
             calibration=str(folder / "calibration.jsonl"),
             overrides=overrides,
-            progress=_share(tell, 0.4 + 0.15 * index, 0.55 + 0.15 * index, recipe),
+            progress=_share(tell, 0.8 + 0.05 * index, 0.85 + 0.05 * index, recipe),
         )
     return [_original(folder, next(iter(reports.values()))), *(_row(folder, *each) for each in reports.items())]
 

@@ -13,38 +13,23 @@ Every block is a resume point. Nothing is visible under the output's name before
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from compress import report as reporting
-from compress.calibrate.activations import Activations
-from compress.calibrate.block import BATCH_TOKENS, Block
-from compress.calibrate.capture import finish
-from compress.calibrate.data import Windows, calibration_windows, first_tokens, read_dataset
-from compress.calibrate.walk import enter, walk
 from compress.checkpoint.folder import OutputFolder
-from compress.checkpoint.manifest import Manifest, run_key
-from compress.checkpoint.weights import open_model
-from compress.errors import ModelError, VerificationError
-from compress.footprint import peak_memory_so_far, versions
+from compress.errors import ModelError
+from compress.job import Job
 from compress.models.headers import read_folder
-from compress.models.store import LazyModel, compute_dtype, load_tokenizer, local_folder
+from compress.models.store import local_folder
 from compress.plan import Plan, make_plan
-from compress.recipe import Recipe, dump, load
-from compress.scoring import Progress, read_streams, score_streams
+from compress.recipe import Recipe, load
+from compress.scoring import Progress
 from compress.stage import Stage
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-"""Largest relative difference of logits between the walk and the reloaded files. Both run the same operations on the
-same values; on one machine the difference is zero."""
 
 
 def run(
@@ -73,7 +58,7 @@ def run(
     folder.check(resume=resume, overwrite=overwrite)
     if plan.folder.truncated:
         raise ModelError("\n".join(plan.folder.truncated))
-    job = _Job.create(plan, folder, _device(device), resume, progress or (lambda *_: None))
+    job = Job.create(plan, folder, _device(device), resume, progress or (lambda *_: None))
     job.walk()
     job.finish()
     job.verify()
@@ -110,298 +95,6 @@ class Pipeline:
     def run(self, **options: Any) -> dict[str, Any]:
         """`compress.run` with these stages; same options, same report."""
         return run(Recipe(name=self.name, stages=tuple(self.stages)), **options)
-
-
-@dataclass
-class _Job:
-    """One run: the plan, the model on disk, the windows, and how far it has come."""
-
-    plan: Plan
-    folder: OutputFolder
-    model: LazyModel
-    windows: Windows
-    texts: dict[str, Tensor]
-    """Token streams to score on, by name."""
-    tokenizer: Any
-    manifest: Manifest
-    tell: Progress
-    started: float
-
-    @classmethod
-    def create(cls, plan: Plan, folder: OutputFolder, device: str, resume: bool, tell: Progress) -> _Job:
-        started = time.monotonic()
-        tell("calibrate", 0.0, "reading text")
-        tokenizer = load_tokenizer(plan.folder.path)
-        windows = _windows(plan, tokenizer)
-        texts = _texts(plan, windows, tokenizer)
-        if plan.calibrated and len(windows.tokens) < plan.windows:
-            plan = plan.with_windows(len(windows.tokens))
-        stored = plan.layers[0].dtype
-        dtype = compute_dtype(stored, plan.recipe.calibration.dtype, device)
-        model = LazyModel.open(plan.folder.path, dtype=dtype, device=device)
-        key = run_key(f"{dump(plan.recipe)}{dtype}", plan.folder, windows.hash)
-        path = folder.scratch / "manifest.json"
-        stages = len(plan.recipe.stages)
-        resume = resume and folder.unfinished
-        if resume:
-            manifest = Manifest.load(path, key)
-        else:
-            manifest = Manifest(path, key, seconds=[0.0] * stages, layers=[[] for _ in range(stages)])
-        folder.open(resume=resume)
-        manifest.save()
-        return cls(plan, folder, model, windows, texts, tokenizer, manifest, tell, started)
-
-    # ---- walk --------------------------------------------------------------------------------------------------
-
-    def walk(self) -> None:
-        """Quantize every block that is not finished yet; each ends as a final shard."""
-        done = self.manifest.blocks
-        if done == self.plan.num_blocks:
-            return
-        entrance = enter(self.model, self.windows.tokens, self._activations(0), resumed=done > 0)
-        self.manifest.width = entrance.inputs.width
-        inputs = self._activation_file(done) if done else entrance.inputs
-        self.say("blocks", f"block {done + 1} of {self.plan.num_blocks}")
-        for block, outputs in walk(self.model, entrance, inputs, self.folder.scratch, self.work, first=done):
-            shard = self._encode(block)
-            self.folder.write_shard(block.index, shard)
-            self._read_back(block)
-            self.manifest.blocks = block.index + 1
-            self.manifest.save()
-            self.say("blocks", f"block {min(block.index + 2, self.plan.num_blocks)} of {self.plan.num_blocks}")
-            del shard, outputs
-
-    def work(self, block: Block) -> None:
-        for index, stage in enumerate(self.plan.recipe.stages):
-            begun = time.monotonic()
-            reports = stage.apply(block, self.plan.grids(index, block.index))
-            self.manifest.layers[index] += [asdict(report) for report in reports]
-            self.manifest.seconds[index] += time.monotonic() - begun
-
-    def _encode(self, block: Block) -> dict[str, Tensor]:
-        """A finished block's tensors as they are stored: quantized, rewritten, or bit for bit."""
-        tensors: dict[str, Tensor] = {}
-        weights = self.model.weights
-        prefix = f"{block.name}."
-        for name, header in weights.tensors.items():
-            layer = name.removesuffix(".weight")
-            if not name.startswith(prefix):
-                continue
-            if name.endswith(".weight") and layer in block.quantized:
-                encoded = self.plan.format.encode(header.name.removesuffix(".weight"), block.quantized[layer])
-                turned = self.plan.anatomy.transposed
-                tensors |= {key: value.t() if turned else value for key, value in encoded.items()}
-            elif name in block.rewritten:
-                tensors[header.name] = block.stored(name)
-            else:
-                tensors[header.name] = weights.read(name)
-        return tensors
-
-    def _read_back(self, block: Block) -> None:
-        """What lies on disk must decode to exactly the codes and scales that the stages decided on."""
-        stored = load_file(self.folder.partial / self.folder.shard_name(block.index))
-        if not self.plan.format.packs:
-            return
-        for layer, tensor in block.quantized.items():
-            name = self.model.weights.tensors[f"{layer}.weight"].name.removesuffix(".weight")
-            if self.plan.format.decode(name, stored, tensor.grid) != tensor:
-                raise VerificationError(
-                    f"{self.folder.partial / self.folder.shard_name(block.index)}: {layer} does not decode to what "
-                    "was encoded. The disk or its memory is faulty, or this is a bug: please report it"
-                )
-
-    # ---- finish ------------------------------------------------------------------------------------------------
-
-    def finish(self) -> None:
-        """Write what lies outside the blocks, and everything that makes the folder a checkpoint."""
-        if self.manifest.phase != "blocks":
-            return
-        weights = self.model.weights
-        prefix = f"{self.plan.anatomy.blocks}."
-        rest = {
-            header.name: weights.read(name) for name, header in weights.tensors.items() if not name.startswith(prefix)
-        }
-        self.folder.write_shard(self.plan.num_blocks, rest)
-        del rest
-        config = dict(self.plan.folder.config)
-        kept = [layer.name for layer in self.plan.layers if layer.kind == "Linear" and not layer.grid]
-        if self.plan.anatomy.head and self.plan.anatomy.head not in kept:
-            kept.append(self.plan.anatomy.head)  # tied to the embedding: still a Linear in the module
-        quantization = self.plan.format.quantization_config(self.plan.quantized, kept)
-        if quantization:
-            config["quantization_config"] = quantization
-        names = [self.folder.shard_name(index) for index in range(len(self.plan.shards))]
-        index = {name: names[shard] for shard, held in enumerate(self.plan.shards) for name in held}
-        self.folder.write_rest(self.plan.folder, config, index, self.plan.tensor_bytes_after)
-        (self.folder.partial / "recipe.yaml").write_text(dump(self.plan.recipe))
-        self.manifest.phase = "written"
-        self.manifest.save()
-
-    # ---- verify ------------------------------------------------------------------------------------------------
-
-    def verify(self) -> None:
-        """Reload the files from disk, run the first windows, compare logits with what the walk computed."""
-        self.say("verify", "reloading the checkpoint")
-        hidden = self._activation_file(self.plan.num_blocks)
-        batch = max(1, BATCH_TOKENS // hidden.length)
-        tokens = self.windows.tokens[:batch]
-        with self.model.streamed():
-            expected = finish(self.model, tokens[:1], hidden.read(0, 1))
-        reloaded = open_model(self.folder.partial, dtype=self.model.dtype, device=str(self.model.device))
-        scratch = self.folder.scratch / "verify"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        entrance = enter(reloaded, tokens, scratch / "activations-0")
-        *_, (_, result) = walk(reloaded, entrance, entrance.inputs, scratch, lambda block: None)
-        with reloaded.streamed():
-            computed = finish(reloaded, tokens[:1], result.read(0, 1))
-        difference = ((computed - expected).float().norm() / expected.float().norm()).item()
-        limit = TOLERANCE[self.model.dtype]
-        if not difference <= limit:
-            raise VerificationError(
-                f"{self.folder.partial}: reloaded, it computes logits that differ by {difference:.2e} (limit {limit}) "
-                "from those of the run. The folder is kept for inspection; please report this"
-            )
-        self.manifest.facts["verification"] = {
-            "max_relative_difference": difference,
-            "tokens": int(tokens[:1].numel()),
-        }
-        self.manifest.phase = "verified"
-        self.manifest.save()
-
-    # ---- score -------------------------------------------------------------------------------------------------
-
-    def score(self) -> tuple[dict[str, Any] | None, str]:
-        """Perplexity and divergence of the folder against the original; or why there is none."""
-        if self.plan.anatomy.head is None:
-            return None, "an encoder has no perplexity; use `netsuke eval --tasks`"
-        options = self.plan.recipe.evaluation
-        if not self.texts:
-            return None, "no text to score on: give --calibration FILE, or evaluation.text in the recipe"
-        scores = score_streams(
-            self.folder.partial,
-            self.plan.folder.path,
-            self.tokenizer,
-            self.texts,
-            context=options.sequence_length or self.plan.context,
-            limit=options.samples,
-            device=str(self.model.device),
-            progress=lambda phase, done, words: self.say(phase, words, done),
-        )
-        return {
-            "model": str(self.folder.final),
-            "baseline": str(self.plan.folder.path),
-            "texts": scores,
-            "tasks": {},
-        }, ""
-
-    # ---- report ------------------------------------------------------------------------------------------------
-
-    def report(self) -> dict[str, Any]:
-        """Everything a reader of the checkpoint wants to know."""
-        evaluation, note = self.score()
-        plan, manifest = self.plan, self.manifest
-        stages = [
-            {"name": stage.name, "seconds": manifest.seconds[index], "layers": manifest.layers[index]}
-            for index, stage in enumerate(plan.recipe.stages)
-        ]
-        fallbacks = [
-            f"{layer['name']}: {layer['fallback']}"
-            for stage in stages
-            for layer in stage["layers"]
-            if layer["fallback"]
-        ]
-        return {
-            "recipe": dump(plan.recipe),
-            "recipe_name": plan.recipe.name,
-            "model": str(plan.folder.path),
-            "stages": stages,
-            "bytes_before": plan.bytes_before,
-            "bytes_after": sum(file.stat().st_size for file in self.folder.partial.glob("*.safetensors")),
-            "bits_per_weight": plan.bits_per_weight,
-            "calibration": self._calibration(),
-            "peak_memory_bytes": peak_memory_so_far(),
-            "seconds": time.monotonic() - self.started,
-            "versions": versions(),
-            "evaluation": evaluation,
-            "evaluation_note": note,
-            "gates": _gates(plan, evaluation),
-            "verification": manifest.facts["verification"],
-            "warnings": [*fallbacks, *plan.notes],
-            "roles": {layer.name: layer.role for layer in plan.layers},
-            "block_of": {layer.name: layer.block for layer in plan.layers if layer.block is not None},
-        }
-
-    def _calibration(self) -> dict[str, Any] | None:
-        if not self.plan.calibrated:
-            return None
-        return {
-            "dataset": self.plan.recipe.calibration.dataset,
-            "tokens": self.windows.tokens.numel(),
-            "windows": len(self.windows.tokens),
-            "sequence_length": self.windows.tokens.shape[1],
-            "hash": self.windows.hash,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-        }
-
-    def say(self, phase: str, words: str, share: float = 0.0) -> None:
-        """Report progress as a share of the whole run, each phase weighted by the tokens it has to push."""
-        blocks = self.windows.tokens.numel() * (3.0 if self.plan.calibrated else 1.0)
-        scoring = 2.0 * self.plan.recipe.evaluation.samples * self.plan.context * len(self.texts)
-        whole = blocks + scoring
-        done = blocks * self.manifest.blocks / self.plan.num_blocks + (scoring * share if phase == "score" else 0.0)
-        self.tell(phase, done / whole, words)
-
-    def _activations(self, index: int) -> Path:
-        return self.folder.scratch / f"activations-{index}"
-
-    def _activation_file(self, index: int) -> Activations:
-        windows, length = self.windows.tokens.shape
-        return Activations(self._activations(index), length, self.manifest.width, self.model.dtype, windows)
-
-
-def _windows(plan: Plan, tokenizer: Any) -> Windows:
-    """Calibration windows, or, where no stage needs any, a few random ones to verify the checkpoint with."""
-    options = plan.recipe.calibration
-    if plan.calibrated:
-        documents = read_dataset(options.dataset, options.split, tokenizer)
-        return calibration_windows(
-            documents, tokenizer, samples=plan.windows, length=plan.sequence_length, seed=options.seed
-        )
-    generator = torch.Generator().manual_seed(options.seed)
-    size = (plan.windows, plan.sequence_length)
-    tokens = torch.randint(0, plan.folder.config["vocab_size"], size, generator=generator)
-    unused: tuple[str, ...] = ()
-    if Path(options.dataset).exists():
-        unused = tuple(read_dataset(options.dataset, options.split, tokenizer))
-    return Windows(tokens, f"random-{options.seed}", unused)
-
-
-def _texts(plan: Plan, windows: Windows, tokenizer: Any) -> dict[str, Tensor]:
-    """What the result will be scored on, read before the work so that a missing file is known before it."""
-    options = plan.recipe.evaluation
-    if plan.anatomy.head is None:
-        return {}
-    if options.text:
-        return read_streams([Path(name) for name in options.text], tokenizer)
-    wanted = options.samples * (options.sequence_length or plan.context)
-    stream, _ = first_tokens(windows.unused, tokenizer, wanted)
-    return {"held-out calibration text": stream} if len(stream) > 1 else {}
-
-
-def _gates(plan: Plan, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Each gate of the recipe with what was measured, the worst text deciding. An unmeasured gate is not met."""
-    texts = evaluation["texts"] if evaluation else []
-    values = {
-        "max_perplexity_ratio": max((text["perplexity_ratio"] for text in texts), default=None),
-        "max_kl_divergence": max((text["kl_divergence"] for text in texts), default=None),
-        "max_bytes_ratio": plan.bytes_after / plan.bytes_before,
-    }
-    return [
-        {"name": name, "limit": limit, "value": values[name], "met": (values[name] or float("inf")) <= limit}
-        for name, limit in asdict(plan.recipe.gates).items()
-        if limit is not None
-    ]
 
 
 def _device(choice: str) -> str:

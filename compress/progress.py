@@ -52,6 +52,8 @@ class Bar:
 def duration(seconds: float) -> str:
     """Seconds as a person says them: `42 s`, `3 m 20 s`, `2 h 5 m`."""
     whole = round(seconds)
+    if 0 < seconds < 1:
+        return f"{seconds:.1f} s"
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:

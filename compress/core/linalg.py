@@ -1,7 +1,7 @@
 """Factors of the Hessian H = E[x xᵀ], the metric of every layer-wise objective.
 
-GPTQ and its relatives need the upper U with H⁻¹ = Uᵀ U. Inverting H first doubles the work and squares nothing
-good into the error; instead, with J the reversal of rows and columns,
+GPTQ and its relatives need the upper U with H⁻¹ = Uᵀ U. Inverting H and factoring the inverse doubles the work and
+loses digits on the way; instead, with J the reversal of rows and columns,
 
     J H J = L Lᵀ (one Cholesky)   ⇒   R = J L J is upper, H = R Rᵀ   ⇒   U = R⁻¹ (one triangular inverse).
 

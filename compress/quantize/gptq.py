@@ -40,7 +40,7 @@ from compress.core.ranges import Range
 from compress.core.scheme import Grid, parse_scheme
 from compress.errors import NumericalError
 from compress.quantize.refine import refine
-from compress.quantize.rtn import check_grid, check_range, rtn
+from compress.quantize.rtn import check_grid, check_range, naming, rtn
 from compress.stage import LayerReport
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class GPTQ:
 
     def _quantize(self, block: Block, names: Sequence[str], grid: Grid, hessian: Tensor) -> list[LayerReport]:
         weights = [block.weight(name) for name in names]
-        try:
+        with naming(*names):
             result = gptq(
                 torch.cat(weights),
                 hessian,
@@ -248,14 +248,15 @@ class GPTQ:
                 block_size=self.block_size,
                 sweeps=self.sweeps,
             )
-        except NumericalError as error:
-            raise NumericalError(f"{', '.join(names)}: {error}") from error
+        note = result.fallback
+        if result.damping > self.damping:
+            note = f"damping {result.damping:g} instead of {self.damping:g}: the Hessian was not positive definite"
         reports = []
         tensors = _unstack(result.tensor, [len(weight) for weight in weights])
         for name, weight, tensor in zip(names, weights, tensors, strict=True):
             block.quantize(name, tensor)
             lost = relative_error(weight, tensor.dequantize(), hessian)
-            reports.append(LayerReport(name, grid.scheme, lost, result.fallback))
+            reports.append(LayerReport(name, grid.scheme, lost, note))
         return reports
 
 

@@ -7,7 +7,8 @@ squared error is better everywhere and needs no data, and weighting that error b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, get_args
 
@@ -20,6 +21,7 @@ from compress.core.metrics import relative_error
 from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
 from compress.core.scheme import Grid, parse_scheme
+from compress.errors import NumericalError
 from compress.stage import LayerReport
 
 if TYPE_CHECKING:
@@ -76,16 +78,26 @@ class RTN:
             hessian = block.moments(site).hessian if self.calibrated and names else None
             for name in names:
                 weight, grid = block.weight(name), grids[name]
-                tensor = rtn(
-                    weight,
-                    grid,
-                    scale_dtype=block.scale_dtype(name),
-                    range=self.range,
-                    importance=None if hessian is None else hessian.diagonal(),
-                )
+                with naming(name):
+                    tensor = rtn(
+                        weight,
+                        grid,
+                        scale_dtype=block.scale_dtype(name),
+                        range=self.range,
+                        importance=None if hessian is None else hessian.diagonal(),
+                    )
                 block.quantize(name, tensor)
                 reports.append(LayerReport(name, grid.scheme, relative_error(weight, tensor.dequantize(), hessian)))
         return reports
+
+
+@contextmanager
+def naming(*layers: str) -> Iterator[None]:
+    """Lets a NumericalError of a pure function say which layers it is about."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{', '.join(layers)}: {error}") from error
 
 
 def check_grid(scheme: str, group_size: int | None) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from compress.report import finite, render, render_scores, summary_lines, write
-from compress.report_page import Number, Square, heat_map, table
-from compress.report_words import digits, model_name, verdict
+from compress.report.page import Number, Square, heat_map, table
+from compress.report.words import digits, model_name, verdict
 
 ROLES = {
     "self_attn.q_proj": "attn.q",
@@ -70,7 +70,7 @@ def sample() -> dict[str, Any]:
         "evaluation_note": "",
         "gates": [{"name": "max_perplexity_ratio", "limit": 1.05, "value": 1.00437, "met": True}],
         "verification": {"max_relative_difference": 2.1e-06, "tokens": 512},
-        "warnings": [f"{layers[-1]['name']}: {FALLBACK}", "lm_head is tied to model.embed_tokens and stays"],
+        "notes": ["lm_head is tied to model.embed_tokens and stays"],
         "roles": {f"model.layers.{block}.{name}": role for block in range(6) for name, role in ROLES.items()},
         "block_of": {f"model.layers.{block}.{name}": block for block in range(6) for name in ROLES},
     }
@@ -271,13 +271,15 @@ def test_the_terminal_gets_human_numbers() -> None:
     assert lines["size"] == "25.7 MB → 12.1 MB (47%)"
     assert lines["time"] == "3 m 20 s"
     assert lines["gate max_perplexity_ratio"] == "1.004, limit 1.05, met"
-    assert lines["warning"] == "lm_head is tied to model.embed_tokens and stays"
+    assert lines["note"] == "lm_head is tied to model.embed_tokens and stays"
+    assert lines["warning"] == f"model.layers.5.mlp.down_proj: {FALLBACK}"
 
 
 def test_a_long_list_of_warnings_folds_its_end_away() -> None:
-    page = render({**sample(), "warnings": [f"warning {index}" for index in range(20)]})
+    gates = [{"name": f"warning {index}", "limit": 1.0, "value": 2.0, "met": False} for index in range(20)]
+    page = render({**sample(), "stages": [], "gates": gates})
     assert "<summary>15 more</summary>" in page
-    assert all(f"<li>warning {index}</li>" in page for index in range(20))
+    assert all(f"<li>gate warning {index}: 2, limit 1, not met</li>" in page for index in range(20))
 
 
 def test_a_checkpoint_that_computes_the_same_is_said_to() -> None:

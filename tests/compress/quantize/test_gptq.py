@@ -263,6 +263,15 @@ def test_a_numerical_failure_names_the_layers() -> None:
         GPTQ("w4a16").apply(bench, {"q": Grid(4), "k": Grid(4)})
 
 
+def test_the_report_says_when_more_damping_was_needed() -> None:
+    bench = Bench()
+    H = torch.eye(64, dtype=torch.float64)
+    H[0, 1] = H[1, 0] = 1.05
+    bench.moments = lambda site: type("Moments", (), {"hessian": H})
+    (report,) = GPTQ("w4a16").apply(bench, {"o": Grid(4)})
+    assert report.fallback.startswith("damping 0.1 instead of 0.01")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

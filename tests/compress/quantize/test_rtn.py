@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -48,6 +49,31 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     w[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="NaN"):
         rtn(w, Grid(4), scale_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("poisoned", [True, False])
+def test_the_stage_quantizes_its_layers_and_names_the_one_that_cannot_be(poisoned: bool) -> None:
+    class Bench:
+        """What RTN.apply needs of a block."""
+
+        sites = (type("Site", (), {"layers": ("q", "k")}),)
+        done: ClassVar[dict[str, object]] = {}
+        quantize = done.__setitem__
+
+        def weight(self, name: str) -> torch.Tensor:
+            return weight() / (0 if poisoned else 1)
+
+        def scale_dtype(self, name: str) -> torch.dtype:
+            return torch.bfloat16
+
+    bench, stage = Bench(), RTN("w4a16", 32)
+    if poisoned:
+        with pytest.raises(NumericalError, match="^k: "):
+            stage.apply(bench, {"k": stage.grid})
+    else:
+        (report,) = stage.apply(bench, {"k": stage.grid})
+        assert list(bench.done) == ["k"]
+        assert report.error == pytest.approx(10 ** (-sqnr(weight(), bench.done["k"].dequantize()) / 10), rel=1e-3)
 
 
 def test_only_the_importance_rule_needs_calibration() -> None:

@@ -50,10 +50,10 @@ def measures(text: Report) -> list[str]:
 
 
 def alarms(report: Report) -> list[str]:
-    """What did not go as the recipe asked: gates, fallbacks, and the run's own warnings; each once."""
+    """What did not go as the recipe asked: missed gates, and layers that another method had to do."""
     missed = [f"gate {gate['name']}: {gate_said(gate)}" for gate in report.get("gates") or () if not gate["met"]]
     fallbacks = [f"{layer['name']}: {layer['fallback']}" for _, layer in layers(report) if layer["fallback"]]
-    return list(dict.fromkeys([*missed, *fallbacks, *(report.get("warnings") or ())]))
+    return list(dict.fromkeys([*missed, *fallbacks]))
 
 
 def gate_said(gate: Report) -> str:

@@ -2,7 +2,7 @@
 
 All three come from one dict, the one `compress.run` returns. A number that is not finite is null in the JSON
 and absent elsewhere. What did not go as the recipe asked (a gate missed, a layer that fell back on another
-method) is said at the top. `compress.report_words` finds the words, `compress.report_page` draws the elements.
+method) is said at the top. `compress.report.words` finds the words, `compress.report.page` draws the elements.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.progress import duration
-from compress.report_page import (
+from compress.report.page import (
     Html,
     Number,
     Square,
@@ -30,7 +30,7 @@ from compress.report_page import (
     section,
     table,
 )
-from compress.report_words import (
+from compress.report.words import (
     Report,
     alarms,
     digits,
@@ -109,7 +109,9 @@ def summary_lines(report: Report) -> list[tuple[str, str]]:
         ("time", duration(report["seconds"])),
         ("peak memory", size(report["peak_memory_bytes"])),
     ]
-    return [(name, value) for name, value in lines if value] + [("warning", text) for text in alarms(report)]
+    lines += [("note", note) for note in report.get("notes") or ()]
+    lines += [("warning", alarm) for alarm in alarms(report)]
+    return [(name, value) for name, value in lines if value]
 
 
 def finite(value: Any) -> Any:
@@ -267,6 +269,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "its hash", calibration["hash"]
     yield "verified", verified(report)
     yield "peak memory", size(report["peak_memory_bytes"])
+    if notes := report.get("notes"):
+        yield "notes", "; ".join(notes)
     yield (
         "versions",
         ", ".join(f"{name} {version}" for name, version in (report.get("versions") or {}).items()),
