@@ -13,6 +13,9 @@ We differ from the paper's code in how a candidate is scored. There the attentio
 tokens; here the error over *all* calibration tokens is evaluated exactly as Σ tr(D H Dᵀ) over the layers that share
 the input, D the change of a weight and H = E[x xᵀ]. No activations are kept. The identity is always a candidate, so
 the error never rises. Clipping uses the diagonal block of H that belongs to a group, in the same way.
+
+A clipped weight wants a grid that covers it: quantize it with `range: minmax`. A range search would clip it a second
+time, which on trained weights cost more than AWQ had gained; with `range: mse` or `importance` set `clip: false`.
 """
 
 from __future__ import annotations
