@@ -99,6 +99,7 @@ class Block:
     def moments(self, site: BlockSite) -> Moments:
         """Second moments of a site's input over the calibration set, all earlier changes in place."""
         if site.index not in self._moments:
+            self._moments.clear()  # one at a time: they are the largest thing in memory
             self._moments[site.index] = self._observe(site)
         return self._moments[site.index]
 

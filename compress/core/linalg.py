@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.errors import NumericalError
 
 PIVOTS = 32
-"""Columns that `pivot_order` picks at a time."""
+"""Columns that `pivot_order` picks at a time, at least; and never more than 64 times, for it copies H each time."""
 LEAF = 128
 """Triangles of this size are inverted directly."""
 
@@ -41,14 +41,19 @@ def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in
     return copy
 
 
-def inverse_cholesky(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
+def inverse_cholesky(
+    hessian: Float[Tensor, "in in"], damping: float, order: Int[Tensor, "in"] | None = None
+) -> tuple[Float[Tensor, "in in"], float]:
     """The upper U with `(H + λI)⁻¹ = Uᵀ U`, λ = damping · mean(diag H), and the damping that was used.
 
-    Works in the dtype of `hessian` with two copies of it at most. Damping is tried as given, then tenfold each
-    time, the last try being 1. Raises NotPositiveDefinite after that.
+    `order`: take rows and columns of H in this order. Works in the dtype of `hessian` with two copies of it at most.
+    Damping is tried as given, then tenfold each time, the last try being 1. Raises NotPositiveDefinite after that.
     """
+    backwards = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    backwards = backwards.flip(0)
     while True:
-        reversed_ = damped(hessian, damping).flip(0, 1)
+        reversed_ = hessian[backwards.unsqueeze(1), backwards]
+        reversed_.diagonal().add_(damping * hessian.diagonal().mean())
         lower, failed = torch.linalg.cholesky_ex(reversed_)
         del reversed_
         if not failed:
@@ -73,9 +78,10 @@ def pivot_order(hessian: Float[Tensor, "in in"], damping: float) -> Int[Tensor, 
     rest = damped(hessian, damping).float()
     left = torch.arange(len(rest), device=rest.device)
     picked = []
+    count = max(PIVOTS, len(rest) // 64)
     while len(left):
         ranked = rest.diagonal().argsort(stable=True)
-        pick, keep = ranked[:PIVOTS], ranked[PIVOTS:].sort().values
+        pick, keep = ranked[:count], ranked[count:].sort().values
         factor, failed = torch.linalg.cholesky_ex(rest[pick.unsqueeze(1), pick])
         if failed:  # what remains is rounding noise; any order will do
             picked.append(left[ranked])

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from compress.calibrate.block import Block
 
 ActOrder = Literal["none", "static", "group"]
-ROWS = 4096
-"""Rows solved together, which bounds the memory; they do not depend on each other."""
+SLICE = 1 << 22
+"""Weights solved together, which bounds the memory; rows do not depend on each other."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def gptq(
     importance = hessian.diagonal().float()
     try:
         order = _order(hessian, grid, act_order, damping)
-        upper, used = inverse_cholesky(hessian[order.unsqueeze(1), order], damping)
+        upper, used = inverse_cholesky(hessian, damping, order)
     except NotPositiveDefinite as error:
         nearest = rtn(weight, grid, scale_dtype=scale_dtype, range=range, importance=importance)
         return GPTQResult(nearest, damping, f"round to nearest, because {error}", num_dead)
     upper = (upper / upper.diagonal().unsqueeze(1)).float()
     parts = []
-    for rows in weight.float().split(ROWS):
+    for rows in weight.float().split(max(1, SLICE // weight.shape[1])):
         part = _solve(rows, upper, order, grid, scale_dtype, range, importance, act_order == "static", block_size)
         parts.append(refine(rows, part, hessian, damping=used, sweeps=sweeps) if sweeps else part)
     return GPTQResult(_stack(parts), used, None, num_dead)
@@ -236,9 +236,12 @@ class GPTQ:
 
     def _quantize(self, block: Block, names: Sequence[str], grid: Grid, hessian: Tensor) -> list[LayerReport]:
         weights = [block.weight(name) for name in names]
+        rows = [len(weight) for weight in weights]
+        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+        weights = list(stacked.split(rows))
         with naming(*names):
             result = gptq(
-                torch.cat(weights),
+                stacked,
                 hessian,
                 grid,
                 scale_dtype=block.scale_dtype(names[0]),
@@ -252,7 +255,7 @@ class GPTQ:
         if result.damping > self.damping:
             note = f"damping {result.damping:g} instead of {self.damping:g}: the Hessian was not positive definite"
         reports = []
-        tensors = _unstack(result.tensor, [len(weight) for weight in weights])
+        tensors = _unstack(result.tensor, rows)
         for name, weight, tensor in zip(names, weights, tensors, strict=True):
             block.quantize(name, tensor)
             lost = relative_error(weight, tensor.dequantize(), hessian)

@@ -9,8 +9,8 @@ keep up to date. Group by group, for all rows at once:
 
 A step is taken only where it lowers the error, and every step sees the exact effect of those before it, including the
 rounding of the scales, so a sweep never makes a row worse. A sweep costs about as much as GPTQ itself; on trained
-weights two lower the output error, on calibration and on held-out inputs alike, by 5 % at 4 bits, 9 % at 3 and
-25 % at 2. The descent over codes is QuantEase (arXiv 2309.01885); the one over scales is added here.
+weights two lower the output error on held-out inputs by 4 % at 4 bits, 8 % at 3 and 22 % at 2, a little more on the
+calibration set. The descent over codes is QuantEase (arXiv 2309.01885); the one over scales is added here.
 """
 
 from __future__ import annotations
