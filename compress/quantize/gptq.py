@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from compress.core import ranges
-from compress.core.linalg import NotPositiveDefinite, dead_columns, inverse_cholesky, pivot_order
+from compress.core.linalg import NotPositiveDefinite, damped, dead_columns, inverse_cholesky, pivot_order
 from compress.core.metrics import relative_error
 from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
@@ -45,6 +45,7 @@ from compress.stage import LayerReport
 
 if TYPE_CHECKING:
     from compress.calibrate.block import Block
+    from compress.calibrate.observers import Moments
 
 ActOrder = Literal["none", "static", "group"]
 SLICE = 1 << 22
@@ -98,10 +99,11 @@ def gptq(
         nearest = rtn(weight, grid, scale_dtype=scale_dtype, range=range, importance=importance)
         return GPTQResult(nearest, damping, f"round to nearest, because {error}", num_dead)
     upper = (upper / upper.diagonal().unsqueeze(1)).float()
+    metric = damped(hessian, used).float() if sweeps else hessian
     parts = []
     for rows in weight.float().split(max(1, SLICE // weight.shape[1])):
         part = _solve(rows, upper, order, grid, scale_dtype, range, importance, act_order == "static", block_size)
-        parts.append(refine(rows, part, hessian, damping=used, sweeps=sweeps) if sweeps else part)
+        parts.append(refine(rows, part, metric, damping=0, sweeps=sweeps) if sweeps else part)
     return GPTQResult(_stack(parts), used, None, num_dead)
 
 
@@ -231,10 +233,10 @@ class GPTQ:
             report
             for site in block.sites
             for alike in _alike([name for name in site.layers if name in grids], grids, block)
-            for report in self._quantize(block, alike, grids[alike[0]], block.moments(site).hessian)
+            for report in self._quantize(block, alike, grids[alike[0]], block.moments(site))
         ]
 
-    def _quantize(self, block: Block, names: Sequence[str], grid: Grid, hessian: Tensor) -> list[LayerReport]:
+    def _quantize(self, block: Block, names: Sequence[str], grid: Grid, moments: Moments) -> list[LayerReport]:
         weights = [block.weight(name) for name in names]
         rows = [len(weight) for weight in weights]
         stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -242,7 +244,7 @@ class GPTQ:
         with naming(*names):
             result = gptq(
                 stacked,
-                hessian,
+                moments.hessian,
                 grid,
                 scale_dtype=block.scale_dtype(names[0]),
                 range=self.range,
@@ -251,15 +253,18 @@ class GPTQ:
                 block_size=self.block_size,
                 sweeps=self.sweeps,
             )
-        note = result.fallback
+        notes = [result.fallback] if result.fallback else []
         if result.damping > self.damping:
-            note = f"damping {result.damping:g} instead of {self.damping:g}: the Hessian was not positive definite"
+            notes.append(f"damping {result.damping:g}, not {self.damping:g}: the Hessian was not positive definite")
+        if moments.num_dropped:
+            seen = moments.num_tokens + moments.num_dropped
+            notes.append(f"{moments.num_dropped} of {seen} calibration tokens were not finite and left out")
         reports = []
         tensors = _unstack(result.tensor, rows)
         for name, weight, tensor in zip(names, weights, tensors, strict=True):
             block.quantize(name, tensor)
-            lost = relative_error(weight, tensor.dequantize(), hessian)
-            reports.append(LayerReport(name, grid.scheme, lost, note))
+            lost = relative_error(weight, tensor.dequantize(), moments.hessian)
+            reports.append(LayerReport(name, grid.scheme, lost, "; ".join(notes) or None))
         return reports
 
 

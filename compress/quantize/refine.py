@@ -37,12 +37,12 @@ def refine(
 ) -> QuantizedTensor:
     """`tensor` with better scales and codes for tr((W - Ŵ)(H + λI)(W - Ŵ)ᵀ), λ = damping · mean(diag H).
 
-    Zero points stay. A column the Hessian knows nothing of must have a positive diagonal.
+    Zero points stay. Damping 0 takes `hessian` as it is. A column it knows nothing of must have a positive diagonal.
     """
     rows, columns = tensor.shape
     groups = tensor.scale.shape[1]
     dtype, grid = tensor.scale.dtype, tensor.grid
-    H = damped(hessian, damping).float()
+    H = damped(hessian, damping).float() if damping else hessian.float()
     pull = H.diagonal().reciprocal().unsqueeze(1)
     S = tensor.scale.float().T.contiguous()
     Z = torch.zeros_like(S) if tensor.zero_point is None else tensor.zero_point.float().T.contiguous()

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""netsuke's methods beside each other: one model, one text, the same windows, every row scored from its folder.
+
+    scripts/compare_methods.py --model DIR --calibration FILE --test FILE
+
+Rows differ in one thing at a time, so the table says what each step is worth. It replaces what the results file has
+between the two marks of this model; rows that did not help stay in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import compress
+from compress.recipe import Calibration, Evaluation, Recipe
+
+RESULTS = Path(__file__).resolve().parents[1] / "recipes" / "RESULTS.md"
+
+RTN, GPTQ, AWQ = compress.RTN, compress.GPTQ, compress.AWQ
+
+
+def rows(group_size: int | None) -> dict[str, list[Any]]:
+    """Name → stages. 4 bits where methods are close, 3 bits where they part; asymmetric, as 3 bits want it."""
+    four: dict[str, Any] = {"scheme": "w4a16", "group_size": group_size, "symmetric": False}
+    three = four | {"scheme": "w3a16"}
+    plain = {"range": "minmax", "act_order": True, "sweeps": 0}
+    return {
+        "4 bits, RTN, min-max": [RTN(**four, range="minmax")],
+        "4 bits, RTN, range by squared error": [RTN(**four, range="mse")],
+        "4 bits, AWQ, then RTN min-max": [AWQ(), RTN(**four, range="minmax")],
+        "4 bits, GPTQ, min-max": [GPTQ(**four, **plain)],
+        "4 bits, GPTQ as shipped": [GPTQ(**four)],
+        "3 bits, RTN, min-max": [RTN(**three, range="minmax")],
+        "3 bits, RTN, range by squared error": [RTN(**three, range="mse")],
+        "3 bits, RTN, range by importance": [RTN(**three, range="importance")],
+        "3 bits, AWQ, then RTN min-max": [AWQ(), RTN(**three, range="minmax")],
+        "3 bits, GPTQ, min-max": [GPTQ(**three, **plain)],
+        "3 bits, GPTQ, range by squared error": [GPTQ(**three, **plain | {"range": "mse"})],
+        "3 bits, GPTQ, range by importance": [GPTQ(**three, **plain | {"range": "importance"})],
+        "3 bits, GPTQ, importance, group-aware order": [
+            GPTQ(**three, **plain | {"range": "importance", "act_order": "group"})
+        ],
+        "3 bits, GPTQ as shipped (importance, two sweeps)": [GPTQ(**three)],
+    }
+
+
+def main() -> int:
+    options = arguments()
+    calibration = Calibration(dataset=str(options.calibration), samples=options.samples, sequence_length=512)
+    base = Recipe("rows", (), calibration, Evaluation((str(options.test),), options.windows))
+    group_size = options.group_size or None
+    lines = ["| row | bits per weight | perplexity | KL divergence | same top token |", "|---|--:|--:|--:|--:|"]
+    for name, stages in rows(group_size).items():
+        with tempfile.TemporaryDirectory() as work:
+            recipe = replace(base, stages=tuple(stages))
+            report = compress.run(recipe, model=str(options.model), output=Path(work) / "out")
+        text = report["evaluation"]["texts"][0]
+        error = text["kl_standard_error"]
+        lines.append(
+            f"| {name} | {report['bits_per_weight']:.2f} | {text['perplexity']:.2f} | "
+            f"{text['kl_divergence']:.5f} ± {error:.5f} | {text['top1_agreement']:.1%} |"
+        )
+        print(lines[-1], file=sys.stderr)
+    grouping = f"groups of {group_size}" if group_size else "one scale per channel"
+    context = (
+        f"{options.model.name}, {grouping}, {options.samples} × 512 calibration tokens; original perplexity "
+        f"{text['baseline_perplexity']:.2f}. {text['tokens']:,} tokens of {options.test.name} scored, ± is the "
+        f"standard error over windows. `{shlex.join(['scripts/compare_methods.py', *sys.argv[1:]])}`"
+    )
+    write(options.model.name, "\n".join([context, "", *lines]))
+    print("\n".join(lines))
+    return 0
+
+
+def write(model: str, table: str) -> None:
+    """Put the table between this model's marks, at the end of the file where there are none yet."""
+    begin, end = f"<!-- compare_methods {model} -->", f"<!-- /compare_methods {model} -->"
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"
+    if begin not in text:
+        text += f"\n## Methods on {model}\n\n{begin}\n{end}\n"
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    RESULTS.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=64, help="windows of the test text that are scored")
+    parser.add_argument("--group-size", type=int, default=0, help="columns that share a scale; 0: one per channel")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
