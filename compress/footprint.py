@@ -5,20 +5,16 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
+from compress.calibrate import BATCH_TOKENS, FLOAT64_BELOW
 from compress.models.headers import tensor_bytes
 
-if TYPE_CHECKING:
-    from compress.plan import Plan
+Shape = tuple[int, int]
 
 IMPORTS = 520 << 20
 """Resident memory of the interpreter with torch and transformers imported and warmed up, measured on Linux."""
-BATCH_TOKENS = 4096
-"""Tokens in one batch of the walk."""
-WIDE = 8192
-"""Columns from which on statistics are kept in float32."""
 HESSIANS = 3
 """Copies of the statistics while they are factorised."""
 COPIES = 5
@@ -29,27 +25,26 @@ LOGITS = 5
 """Times a batch of logits is held: both models, their log-probabilities, what is made of them."""
 
 
-def peak_memory(plan: Plan) -> int:
+def peak_memory(
+    block: Sequence[Shape], outside: Sequence[Shape], *, dtype: str, tokens: int, calibrated: bool, scored: bool
+) -> int:
     """Predicted peak resident memory of a run in bytes: the largest phase on top of the imports.
 
-    Walking: one block in the compute dtype, its integer codes and their packed form, the widest site's statistics
-    with what their factorisation needs, one batch on its way through the block. Scoring: the largest part of a
-    model in float32, and one batch of logits a few times over.
+    `block`, `outside`: shapes [out, in] of the linear layers of one block, and of embedding and head. `tokens`: in all
+    calibration windows together. Walking holds one block in the compute dtype, its integer codes and their packed form,
+    the widest layer's statistics with what their factorisation needs, and one batch on its way through the block.
+    Scoring holds the largest part of a model in float32, and one batch of logits a few times over.
     """
-    inside = [layer for layer in plan.layers if layer.block == 0]
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in inside)
-    outer = [layer.shape[0] * layer.shape[1] for layer in plan.layers if layer.block is None]
-    columns = max(layer.shape[1] for layer in inside)
-    widest = max(layer.shape[0] * layer.shape[1] for layer in inside)
-    stored = tensor_bytes(plan.layers[0].dtype, (1,))
-    calibrated = any(stage.calibrated for stage in plan.recipe.stages)
-    tokens = min(BATCH_TOKENS, plan.windows * plan.sequence_length)
-    statistics = HESSIANS * columns**2 * (8 if columns < WIDE else 4) if calibrated else 0
-    batch = tokens * 4 * sum(layer.shape[0] for layer in inside)
+    weights = sum(rows * columns for rows, columns in block)
+    outer = [rows * columns for rows, columns in outside]
+    columns = max(columns for _, columns in block)
+    widest = max(rows * columns for rows, columns in block)
+    stored = tensor_bytes(dtype, (1,))
+    statistics = HESSIANS * columns**2 * (8 if columns < FLOAT64_BELOW else 4) if calibrated else 0
+    batch = min(BATCH_TOKENS, tokens) * 4 * sum(rows for rows, _ in block)
     walking = weights * (stored + 2) + max(statistics, batch) + COPIES * 4 * widest
-    scoring = 4 * max(weights, *outer) + LOGITS * SCORING_BYTES if plan.anatomy.head else 0
-    writing = stored * sum(outer)
-    return IMPORTS + max(walking, scoring, writing)
+    scoring = 4 * max(weights, *outer, 0) + LOGITS * SCORING_BYTES if scored else 0
+    return IMPORTS + max(walking, scoring, stored * sum(outer))
 
 
 def memory_now() -> int:

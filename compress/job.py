@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.calibrate import BATCH_TOKENS
 from compress.calibrate.activations import Activations
-from compress.calibrate.block import BATCH_TOKENS, Block
+from compress.calibrate.block import Block
 from compress.calibrate.capture import finish
 from compress.calibrate.data import Windows, calibration_windows, first_tokens, read_dataset
 from compress.calibrate.walk import enter, walk

@@ -15,6 +15,7 @@ from compress import lint
 from compress.checkpoint import FORMATS, Format, format_for
 from compress.core.scheme import Grid
 from compress.errors import ModelError, RecipeError
+from compress.footprint import peak_memory
 from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader, canonical, file_bytes, tensor_bytes
@@ -84,6 +85,18 @@ class Plan:
         return sum(file_bytes(shard) for shard in self.shards)
 
     @property
+    def peak_memory_bytes(self) -> int:
+        """Predicted peak of resident memory."""
+        return peak_memory(
+            [layer.shape for layer in self.layers if layer.block == 0],
+            [layer.shape for layer in self.layers if layer.block is None],
+            dtype=self.layers[0].dtype,
+            tokens=self.windows * self.sequence_length,
+            calibrated=self.calibrated,
+            scored=self.anatomy.head is not None,
+        )
+
+    @property
     def quantized(self) -> dict[str, Grid]:
         return {layer.name: layer.grid for layer in self.layers if layer.grid}
 
@@ -118,8 +131,6 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        from compress.footprint import peak_memory
-
         return {
             "recipe": self.recipe.name,
             "model": str(self.folder.path),
@@ -141,7 +152,7 @@ class Plan:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "bits_per_weight": self.bits_per_weight,
-            "peak_memory_bytes": peak_memory(self),
+            "peak_memory_bytes": self.peak_memory_bytes,
             "calibration_tokens": self.calibration_tokens,
             "stages": [stage.name for stage in self.recipe.stages],
             "notes": list(self.notes),

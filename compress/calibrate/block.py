@@ -20,14 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from compress.calibrate import BATCH_TOKENS
 from compress.calibrate.activations import Activations
 from compress.calibrate.capture import Arguments
 from compress.calibrate.observers import Moments, MomentsObserver
 from compress.core.qtensor import QuantizedTensor
 from compress.models.store import LazyModel
-
-BATCH_TOKENS = 4096
-"""Tokens that go through a block at once."""
 
 
 @dataclass(frozen=True)

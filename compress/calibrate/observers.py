@@ -16,12 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from compress.calibrate import FLOAT64_BELOW
 from compress.errors import NumericalError
 
 PANEL = 192
 """Columns per panel of the Gram matrix; only panels on and right of the diagonal are computed."""
-FLOAT64_BELOW = 8192
-"""Inputs from which on the Hessian is kept in float32."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ class MomentsObserver:
             raise NumericalError(
                 f"{name}: no usable calibration token; {self._num_dropped} of {seen} held NaN or infinite inputs"
             )
-        self._gram.triu_()
-        self._gram += self._gram.triu(1).T
-        hessian = self._gram / self._num_tokens
+        hessian = self._gram.div_(self._num_tokens)
+        for a in range(0, len(hessian), PANEL):
+            hessian[a + PANEL :, a : a + PANEL] = hessian[a : a + PANEL, a + PANEL :].T
         trace = float(hessian.diagonal().sum())
         if not 0 < trace < float("inf"):
             raise NumericalError(

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from compress.calibrate import BATCH_TOKENS
 from compress.calibrate.activations import Activations
-from compress.calibrate.block import BATCH_TOKENS, Block
+from compress.calibrate.block import Block
 from compress.calibrate.capture import Arguments, embed
 from compress.models.store import LazyModel
 
