@@ -65,10 +65,11 @@ class MomentsObserver:
         self._num_tokens += len(x)
 
     def result(self, expected_tokens: int, name: str) -> Moments:
-        """The moments of all batches seen, which ends the observation: they take over its memory. `name` is the layer that error messages speak of.
+        """The moments of all batches seen, which ends the observation: they take over its memory.
 
-        Raises NumericalError where tokens are missing, where none was finite, or where all inputs were zero:
-        a calibration that observed nothing would silently turn every method into round-to-nearest.
+        `name` is the layer that error messages speak of. Raises NumericalError where tokens are missing, where none
+        was finite, or where all inputs were zero: a calibration that observed nothing would silently turn every
+        method into round-to-nearest.
         """
         seen = self._num_tokens + self._num_dropped
         if seen != expected_tokens:
