@@ -42,10 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted. Finished blocks are kept; run the same command with --resume")
+        _complain("interrupted. What `netsuke run` had finished is kept; the same command with --resume goes on")
         return 1
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        _complain(f"{error.filename or 'output'}: {error.strerror or error}")
+        return 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -142,7 +145,7 @@ def _run(arguments: argparse.Namespace) -> int:
             progress=bar.show,
         )
     _print(arguments, report, summary_lines(report))
-    missed = [gate for gate in report["gates"] if not gate["met"]]
+    missed = [gate for gate in report["gates"] if gate["met"] is False]
     for gate in missed:
         _complain(f"gate {gate['name']} not met: {gate['value']}, limit {gate['limit']}")
     return GATE_MISSED if missed else 0

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
 from compress.calibrate import BATCH_TOKENS, FLOAT64_BELOW
-from compress.models.headers import tensor_bytes
 
 Shape = tuple[int, int]
 
@@ -26,20 +27,21 @@ LOGITS = 5
 
 
 def peak_memory(
-    block: Sequence[Shape], outside: Sequence[Shape], *, dtype: str, tokens: int, calibrated: bool, scored: bool
+    block: Sequence[Shape], outside: Sequence[Shape], *, dtype: torch.dtype, tokens: int, calibrated: bool, scored: bool
 ) -> int:
     """Predicted peak resident memory of a run in bytes: the largest phase on top of the imports.
 
-    `block`, `outside`: shapes [out, in] of the linear layers of one block, and of embedding and head. `tokens`: in all
-    calibration windows together. Walking holds one block in the compute dtype, its integer codes and their packed form,
-    the widest layer's statistics with what their factorisation needs, and one batch on its way through the block.
+    `dtype` is that of the computation. `block`, `outside`: shapes [out, in] of the linear layers of one block, and of
+    embedding and head. `tokens`: in all calibration windows together. Walking holds one block in the compute dtype, its
+    integer codes and their packed form, the widest layer's statistics with what their factorisation needs, and one
+    batch on its way through the block.
     Scoring holds the largest part of a model in float32, and one batch of logits a few times over.
     """
     weights = sum(rows * columns for rows, columns in block)
     outer = [rows * columns for rows, columns in outside]
     columns = max(columns for _, columns in block)
     widest = max(rows * columns for rows, columns in block)
-    stored = tensor_bytes(dtype, (1,))
+    stored = dtype.itemsize
     statistics = HESSIANS * columns**2 * (8 if columns < FLOAT64_BELOW else 4) if calibrated else 0
     batch = min(BATCH_TOKENS, tokens) * 4 * sum(rows for rows, _ in block)
     walking = weights * (stored + 2) + max(statistics, batch) + COPIES * 4 * widest

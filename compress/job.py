@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.calibrate import BATCH_TOKENS
 from compress.calibrate.activations import Activations
 from compress.calibrate.block import Block
 from compress.calibrate.capture import finish
-from compress.calibrate.data import Windows, calibration_windows, first_tokens, read_dataset
+from compress.calibrate.data import Windows, calibration_windows, first_tokens, is_file, read_dataset
 from compress.calibrate.walk import enter, walk
 from compress.checkpoint.folder import OutputFolder
-from compress.checkpoint.manifest import Manifest, run_key
+from compress.checkpoint.manifest import Manifest, run_key, write_atomically
 from compress.checkpoint.weights import open_model
 from compress.errors import VerificationError
 from compress.footprint import peak_memory_so_far, versions
@@ -124,9 +124,9 @@ class Job:
 
     def _read_back(self, block: Block) -> None:
         """What lies on disk must decode to exactly the codes and scales that the stages decided on."""
-        stored = load_file(self.folder.partial / self.folder.shard_name(block.index))
         if not self.plan.format.packs:
             return
+        stored = load_file(self.folder.partial / self.folder.shard_name(block.index))
         for layer, tensor in block.quantized.items():
             name = self.model.weights.tensors[f"{layer}.weight"].name.removesuffix(".weight")
             if self.plan.format.decode(name, stored, tensor.grid) != tensor:
@@ -142,30 +142,30 @@ class Job:
         if self.manifest.phase != "blocks":
             return
         weights = self.model.weights
-        prefix = f"{self.plan.anatomy.blocks}."
-        rest = {
-            header.name: weights.read(name) for name, header in weights.tensors.items() if not name.startswith(prefix)
-        }
+        outside = self.plan.shards[-1]
+        outside = self.plan.shards[-1]
+        rest = {header.name: weights.read(name) for name, header in weights.tensors.items() if header.name in outside}
         self.folder.write_shard(self.plan.num_blocks, rest)
         del rest
         config = dict(self.plan.folder.config)
-        kept = [layer.name for layer in self.plan.layers if layer.kind == "Linear" and not layer.grid]
-        if self.plan.anatomy.head and self.plan.anatomy.head not in kept:
-            kept.append(self.plan.anatomy.head)  # tied to the embedding: still a Linear in the module
+        linear = [name for name, module in self.model.module.named_modules() if isinstance(module, nn.Linear)]
+        kept = [name for name in linear if name not in self.plan.quantized]
         quantization = self.plan.format.quantization_config(self.plan.quantized, kept)
         if quantization:
             config["quantization_config"] = quantization
         names = [self.folder.shard_name(index) for index in range(len(self.plan.shards))]
         index = {name: names[shard] for shard, held in enumerate(self.plan.shards) for name in held}
         self.folder.write_rest(self.plan.folder, config, index, self.plan.tensor_bytes_after)
-        (self.folder.partial / "recipe.yaml").write_text(dump(self.plan.recipe))
+        write_atomically(self.folder.partial / "recipe.yaml", dump(self.plan.recipe).encode())
         self.manifest.phase = "written"
         self.manifest.save()
 
     # ---- verify ------------------------------------------------------------------------------------------------
 
     def verify(self) -> None:
-        """Reload the files from disk, run the first windows, compare logits with what the walk computed."""
+        """Reload the files from disk, run the first batch of windows, compare the logits of the first."""
+        if self.manifest.phase == "verified":
+            return
         self.say("verify", "reloading the checkpoint")
         hidden = self._activation_file(self.plan.num_blocks)
         batch = max(1, BATCH_TOKENS // hidden.length)
@@ -208,7 +208,7 @@ class Job:
             self.plan.folder.path,
             self.tokenizer,
             self.texts,
-            context=options.sequence_length or self.plan.context,
+            context=min(options.sequence_length or self.plan.context, self.plan.context),
             limit=options.samples,
             device=str(self.model.device),
             progress=lambda phase, done, words: self.say(phase, words, done),
@@ -289,27 +289,28 @@ def _windows(plan: Plan, tokenizer: Any) -> Windows:
         )
     generator = torch.Generator().manual_seed(options.seed)
     size = (plan.windows, plan.sequence_length)
-    tokens = torch.randint(0, plan.folder.config["vocab_size"], size, generator=generator)
+    tokens = torch.randint(0, len(tokenizer), size, generator=generator)
     unused: tuple[str, ...] = ()
-    if Path(options.dataset).exists():
+    if is_file(options.dataset):
         unused = tuple(read_dataset(options.dataset, options.split, tokenizer))
-    return Windows(tokens, f"random-{options.seed}", unused)
+    return Windows(tokens, f"random-{options.seed}", tokens.new_empty(0), unused)
 
 
 def _texts(plan: Plan, windows: Windows, tokenizer: Any) -> dict[str, Tensor]:
     """What the result will be scored on, read before the work so that a missing file is known before it."""
     options = plan.recipe.evaluation
-    if plan.anatomy.head is None:
-        return {}
     if options.text:
         return read_streams([Path(name) for name in options.text], tokenizer)
+    if plan.anatomy.head is None:
+        return {}
     wanted = options.samples * (options.sequence_length or plan.context)
-    stream, _ = first_tokens(windows.unused, tokenizer, wanted)
+    more, _ = first_tokens(windows.unused, tokenizer, wanted - len(windows.rest))
+    stream = torch.cat([windows.rest, more])
     return {"held-out calibration text": stream} if len(stream) > 1 else {}
 
 
 def _gates(plan: Plan, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Each gate of the recipe with what was measured, the worst text deciding. An unmeasured gate is not met."""
+    """Each gate of the recipe with what was measured, the worst text deciding; None where nothing was."""
     texts = evaluation["texts"] if evaluation else []
     values = {
         "max_perplexity_ratio": max((text["perplexity_ratio"] for text in texts), default=None),
@@ -317,7 +318,12 @@ def _gates(plan: Plan, evaluation: dict[str, Any] | None) -> list[dict[str, Any]
         "max_bytes_ratio": plan.bytes_after / plan.bytes_before,
     }
     return [
-        {"name": name, "limit": limit, "value": values[name], "met": (values[name] or float("inf")) <= limit}
+        {
+            "name": name,
+            "limit": limit,
+            "value": values[name],
+            "met": None if values[name] is None else values[name] <= limit,
+        }
         for name, limit in asdict(plan.recipe.gates).items()
         if limit is not None
     ]

@@ -79,6 +79,18 @@ def storage(
     ]
 
 
+def readers(recipe: Recipe, grids: Mapping[str, Grid], form: Format) -> list[str]:
+    """Combinations that are stored faithfully and that transformers would still read wrongly."""
+    found = sorted(set(grids.values()), key=str)
+    if form.name != "compressed-tensors" or len(found) < 2 or all(grid.symmetric for grid in found):
+        return []
+    told = ", ".join(f"{grid.scheme} {'symmetric' if grid.symmetric else 'asymmetric'}" for grid in found)
+    return [
+        f"{recipe.where('stages')}: {told}: transformers reads several grids in one folder only when all are "
+        "symmetric. Set symmetric: true everywhere, or use one grid, or `checkpoint: {format: dense}`"
+    ]
+
+
 def fused(anatomy: Anatomy, layers: Sequence[LayerName], grids: Mapping[str, Grid]) -> list[str]:
     """Layers that a serving engine runs as one matrix, quantized differently: the first block of each kind."""
     present = {layer.name: layer for layer in layers}

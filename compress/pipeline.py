@@ -22,7 +22,7 @@ import torch
 
 from compress import report as reporting
 from compress.checkpoint.folder import OutputFolder
-from compress.errors import ModelError
+from compress.errors import ModelError, OutputError, RequestError
 from compress.job import Job
 from compress.models.headers import read_folder
 from compress.models.store import local_folder
@@ -53,16 +53,19 @@ def run(
     plan = prepare(recipe, model=model, calibration=calibration, overrides=overrides)
     target = output or plan.recipe.output
     if target is None:
-        raise ModelError("no output folder: give --output DIR, or 'output' in the recipe")
+        raise OutputError("no output folder: give --output DIR, or 'output' in the recipe")
     folder = OutputFolder(Path(target), len(plan.shards))
+    source = plan.folder.path.resolve()
+    if folder.final == source or folder.final in source.parents or source in folder.final.parents:
+        raise OutputError(f"{target}: is the model's own folder, or lies inside or around it. Choose another --output")
     folder.check(resume=resume, overwrite=overwrite)
     if plan.folder.truncated:
-        raise ModelError("\n".join(plan.folder.truncated))
+        raise ModelError("; ".join(plan.folder.truncated))
     job = Job.create(plan, folder, _device(device), resume, progress or (lambda *_: None))
     job.walk()
     job.finish()
     job.verify()
-    report = job.report()
+    report = reporting.finite(job.report())
     reporting.write(report, folder.partial)
     folder.publish()
     return report
@@ -98,6 +101,12 @@ class Pipeline:
 
 
 def _device(choice: str) -> str:
-    if choice != "auto":
-        return choice
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device to compute on. Raises RequestError where there is no such device here."""
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=choice)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"--device {choice}: cannot be used here ({reason}). Use auto or cpu") from error
+    return choice

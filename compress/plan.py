@@ -20,6 +20,7 @@ from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader, canonical, file_bytes, tensor_bytes
 from compress.models.selection import LayerName, did_you_mean, select
+from compress.models.store import compute_dtype
 from compress.recipe import Recipe
 
 PROBE_WINDOWS = 2
@@ -90,7 +91,7 @@ class Plan:
         return peak_memory(
             [layer.shape for layer in self.layers if layer.block == 0],
             [layer.shape for layer in self.layers if layer.block is None],
-            dtype=self.layers[0].dtype,
+            dtype=compute_dtype(self.layers[0].dtype, self.recipe.calibration.dtype),
             tokens=self.windows * self.sequence_length,
             calibrated=self.calibrated,
             scored=self.anatomy.head is not None,
@@ -165,12 +166,13 @@ def make_plan(recipe: Recipe, folder: Folder) -> Plan:
     Raises RecipeError listing every selector, group, fused pair or combination that cannot be, with its place in
     the recipe; ModelError where the model itself is the problem.
     """
-    if "quantization_config" in folder.config:
+    if folder.config.get("quantization_config"):
         method = folder.config["quantization_config"].get("quant_method", "unknown")
         raise ModelError(f"{folder.path}: is quantized already ({method}). Start from the original model")
     anatomy = anatomy_for(folder.config, folder.shapes)
     tensors = canonical(folder.tensors, anatomy)
-    candidates = _candidates(anatomy, tensors)
+    num_blocks = _num_blocks(folder.config, anatomy, tensors)
+    candidates = _candidates(anatomy, tensors, num_blocks)
     problems: list[str] = []
     form = _format(recipe)
     owner, reasons = _assign(recipe, candidates, problems)
@@ -182,13 +184,13 @@ def make_plan(recipe: Recipe, folder: Folder) -> Plan:
     problems += lint.groups(recipe, owner, grids, shapes)
     problems += lint.storage(recipe, owner, grids, shapes, candidates, form)
     problems += lint.fused(anatomy, candidates, grids)
+    problems += lint.readers(recipe, grids, form)
     if problems:
         raise RecipeError(problems)
     layers = tuple(
         _layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, grids, reasons, form)
         for layer in candidates
     )
-    num_blocks = 1 + max(layer.block for layer in layers if layer.block is not None)
     notes = [*anatomy.conclusions, *folder.truncated]
     calibrated = any(stage.calibrated for stage in recipe.stages)
     context = context_length(folder.config)
@@ -228,17 +230,25 @@ def _format(recipe: Recipe) -> Format:
     return format_for(recipe.checkpoint)
 
 
-def _candidates(anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> list[LayerName]:
+def _num_blocks(config: Mapping[str, Any], anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> int:
+    """Blocks the model runs. Files may hold more, heads that predict several tokens, say; those are only copied."""
+    prefix = f"{anatomy.blocks}."
+    stored = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        if isinstance(config.get(key), int):
+            return config[key]
+    return len(stored)
+
+
+def _candidates(anatomy: Anatomy, tensors: Mapping[str, TensorHeader], num_blocks: int) -> list[LayerName]:
     """Every layer a selector may name, in the order of the model: block linears, then embedding and head."""
     kind = "Conv1D" if anatomy.transposed else "Linear"
     layers = []
-    index = 0
-    while any(name.startswith(f"{anatomy.blocks}.{index}.") for name in tensors):
+    for index in range(num_blocks):
         for local, role in anatomy.roles.items():
             name = f"{anatomy.blocks}.{index}.{local}"
             if f"{name}.weight" in tensors:
                 layers.append(LayerName(name, role, kind))
-        index += 1
     if not layers:
         raise ModelError(f"no linear layer found under {anatomy.blocks!r}, where the {anatomy.family} family has them")
     outside = [(anatomy.embedding, "embedding", "Embedding"), (anatomy.head or "", "lm_head", "Linear")]
@@ -335,9 +345,9 @@ def _shards(
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], ...]:
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{} for _ in range(num_blocks + 1)]
     for name, header in tensors.items():
-        shard = shards[-1]
-        if name.startswith(f"{anatomy.blocks}."):
-            shard = shards[int(name.removeprefix(f"{anatomy.blocks}.").split(".")[0])]
+        inside = name.startswith(f"{anatomy.blocks}.")
+        index = int(name.removeprefix(f"{anatomy.blocks}.").split(".")[0]) if inside else num_blocks
+        shard = shards[min(index, num_blocks)]
         layer = layers.get(name.removesuffix(".weight"))
         if layer and layer.grid and name.endswith(".weight"):
             held = form.layout(header.name.removesuffix(".weight"), layer.shape, layer.grid, header.dtype)

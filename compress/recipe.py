@@ -49,8 +49,6 @@ class Calibration:
     split: str = "train"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the calibration pass."""
-    batch_size: Count | None = None
-    """Sequences that go through a block together; None: as many as fit."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.checkpoint.weights import open_model
 from compress.errors import DataError, ModelError, NumericalError, RequestError, eval_package
 from compress.models.headers import read_json
-from compress.models.store import load_tokenizer, local_folder
+from compress.models.store import load_tokenizer, local_folder, read_config
 
 Progress = Callable[[str, float, str], None]
 """Called with the phase, the share of the whole that is done (0…1), and a few words."""
@@ -28,8 +28,8 @@ STREAMED = {None, "compressed-tensors"}
 @contextmanager
 def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Tensor]]:
     """A folder as a function from token ids [batch, length] to logits [batch, length, vocabulary], in float32."""
-    config = read_json(folder / "config.json")
-    if config.get("quantization_config", {}).get("quant_method") in STREAMED:
+    quantization = read_json(folder / "config.json").get("quantization_config") or {}
+    if quantization.get("quant_method") in STREAMED:
         model = open_model(folder, device=device)
         if model.anatomy.head is None:
             raise ModelError(f"{folder}: is an encoder without a head over the vocabulary; it has no perplexity")
@@ -98,14 +98,15 @@ def score(
     """What `netsuke eval` prints: texts and tasks of one folder or hub id, against a baseline where one is given."""
     if not texts and not tasks:
         raise RequestError("nothing to score: give --text FILE, or --tasks a,b")
+    for option, value, least in (("--context", context, 2), ("--limit", limit, 1)):
+        if value is not None and value < least:
+            raise RequestError(f"{option} {value}: must be at least {least}")
     folder = local_folder(model)
     tokenizer = load_tokenizer(folder)
     original = local_folder(baseline) if baseline else None
     with eval_package():
         from eval.evaluate import default_context
-    from transformers import AutoConfig
-
-    length = context or default_context(AutoConfig.from_pretrained(folder))
+    length = context or default_context(read_config(folder))
     scores = []
     if texts:
         streams = read_streams(texts, tokenizer)

@@ -28,6 +28,8 @@ class Windows:
 
     tokens: Int[Tensor, "windows length"]
     hash: str
+    rest: Int[Tensor, " tokens"]
+    """What is left of the last document that a window used."""
     unused: tuple[str, ...]
 
 
@@ -39,12 +41,17 @@ def read_dataset(name: str, split: str, tokenizer: Any) -> list[str]:
     with eval_package():
         from eval.texts import TextError, read_documents
     path = Path(name)
-    if path.suffix in FILES or path.exists():
+    if is_file(name):
         try:
             return read_documents(path, tokenizer)
         except TextError as error:
             raise DataError(str(error)) from error
     return _read_hub(name, split, tokenizer)
+
+
+def is_file(name: str) -> bool:
+    """Whether a dataset's name means a local file, there or not."""
+    return Path(name).suffix in FILES or Path(name).exists()
 
 
 def calibration_windows(documents: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int) -> Windows:
@@ -67,7 +74,8 @@ def calibration_windows(documents: Sequence[str], tokenizer: Any, *, samples: in
         )
     chosen = windows(tokens, length, bos)[:samples]
     digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
-    return Windows(chosen, digest, tuple(documents[index] for index in sorted(order[used:])))
+    rest = tokens[samples * (length - (bos is not None)) :]
+    return Windows(chosen, digest, rest, tuple(documents[index] for index in sorted(order[used:])))
 
 
 def first_tokens(documents: Sequence[str], tokenizer: Any, count: int) -> tuple[Int[Tensor, " tokens"], int]:

@@ -29,18 +29,27 @@ KEPT = (
 original, say, would tell a lie about the new one."""
 
 
+CONSENT = "overwrite"
+"""A file in the scratch folder that says the run may replace what was at the output when it began."""
+
+
 class OutputFolder:
     """A checkpoint under construction."""
 
     def __init__(self, final: Path, num_shards: int) -> None:
-        self.final = final
-        self.partial = final.with_name(f"{final.name}.partial")
+        self.final = final.resolve()
+        self.partial = self.final.with_name(f"{self.final.name}.partial")
+        self.replaced = self.final.with_name(f".{self.final.name}.replaced")
         self.scratch = self.partial / ".netsuke"
         self.num_shards = num_shards
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Raise OutputError where something is in the way that must not be touched."""
-        if self.final.exists() and not overwrite and (not self.final.is_dir() or any(self.final.iterdir())):
+        """Raise OutputError where something is in the way that must not be touched, or nothing can be written."""
+        parent = next(path for path in self.final.parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise OutputError(f"{self.final}: {parent} is no folder one may write in. Choose another --output")
+        consent = overwrite or (resume and self.unfinished and (self.scratch / CONSENT).exists())
+        if self.final.exists() and not consent and (not self.final.is_dir() or any(self.final.iterdir())):
             raise OutputError(f"{self.final}: exists already. Choose another --output, or give --overwrite")
         if resume and not self.partial.exists():
             raise OutputError(f"{self.partial}: there is no unfinished run to resume. Run without --resume")
@@ -48,6 +57,14 @@ class OutputFolder:
             raise OutputError(
                 f"{self.partial}: holds an unfinished run. Continue it with --resume, or drop it with --overwrite"
             )
+        if (
+            self.partial.exists()
+            and not self.unfinished
+            and any(path != self.scratch for path in self.partial.iterdir())
+        ):
+            raise OutputError(f"{self.partial}: is in the way, and no run of netsuke left it. Move it elsewhere")
+        if self.replaced.exists() and not resume:
+            raise OutputError(f"{self.replaced}: holds what an interrupted --overwrite was about to replace. Move it")
 
     @property
     def unfinished(self) -> bool:
@@ -59,6 +76,8 @@ class OutputFolder:
             if not resume:
                 shutil.rmtree(self.partial, ignore_errors=True)
             self.scratch.mkdir(parents=True, exist_ok=True)
+            if self.final.exists():
+                (self.scratch / CONSENT).touch()
 
     def shard_name(self, index: int) -> str:
         return f"model-{index + 1:05}-of-{self.num_shards:05}.safetensors"
@@ -93,17 +112,18 @@ class OutputFolder:
         write_atomically(self.partial / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def publish(self) -> None:
-        """Make the finished folder appear under its name, in place of one that was there before."""
+        """Make the finished folder appear under its name, in place of one that was there before.
+
+        The manifest goes last: killed at any moment, the run can be resumed or is done.
+        """
         with writing(self.final):
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            for file in self.scratch.glob("activations-*"):
+                file.unlink()
             if self.final.exists():
-                old = self.final.with_name(f"{self.final.name}.old")
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(self.final, old)
-                os.replace(self.partial, self.final)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(self.partial, self.final)
+                os.replace(self.final, self.replaced)
+            os.replace(self.partial, self.final)
+            shutil.rmtree(self.final / self.scratch.name, ignore_errors=True)
+            shutil.rmtree(self.replaced, ignore_errors=True)
 
 
 def _errno(error: Exception) -> int:

@@ -181,17 +181,34 @@ def empty_module(folder: Folder) -> nn.Module:
     """The transformers module of a folder with parameters on the meta device and real buffers."""
     import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(folder.path)
+    config = read_config(folder.path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     architecture = next(iter(config.architectures or ()), None)
     model_class = getattr(transformers, architecture or "", None)
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        module = model_class(config) if model_class else AutoModelForCausalLM.from_config(config)
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            module = model_class(config) if model_class else AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{folder.path / 'config.json'}: transformers cannot build {architecture}: {reason}"
+        ) from error
     return module.eval().requires_grad_(False)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder. Raises ModelError where transformers does not know the model."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder / 'config.json'}: transformers does not know this model: {reason}") from error
 
 
 def compute_dtype(stored: str, choice: str = "auto", device: str = "cpu") -> torch.dtype:
@@ -230,6 +247,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. Raises ModelError where there is none."""
     from transformers import AutoTokenizer
 
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such model folder. Give a folder with config.json and *.safetensors")
     names = (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -242,5 +261,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder}: has no tokenizer (looked for {', '.join(names)}). Copy it from the original model")
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded: {reason}. Copy it from the original model"
+        ) from error

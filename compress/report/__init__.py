@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.errors import writing
 from compress.progress import duration
 from compress.report.page import (
     Html,
@@ -50,8 +51,9 @@ from compress.tables import size
 def write(report: Report, folder: Path) -> None:
     """Write report.json and report.html into `folder`."""
     text = json.dumps(finite(report), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(render(report), encoding="utf-8")
+    with writing(folder):
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "report.html").write_text(render(report), encoding="utf-8")
 
 
 def render(report: Report) -> str:
@@ -183,11 +185,11 @@ def _gates(gates: Sequence[Report]) -> Html:
             gate["name"],
             _number(gate["limit"], "{:g}"),
             _number(gate["value"], "{:.4g}"),
-            "met" if gate["met"] else "not met",
+            {True: "met", False: "not met", None: "not measured"}[gate["met"]],
         ]
         for gate in gates
     ]
-    missed = [index for index, gate in enumerate(gates) if not gate["met"]]
+    missed = [index for index, gate in enumerate(gates) if gate["met"] is False]
     return table(["gate", "limit", "measured", ""], rows, marked=missed)
 
 

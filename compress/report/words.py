@@ -51,15 +51,15 @@ def measures(text: Report) -> list[str]:
 
 def alarms(report: Report) -> list[str]:
     """What did not go as the recipe asked: missed gates, and layers that another method had to do."""
-    missed = [f"gate {gate['name']}: {gate_said(gate)}" for gate in report.get("gates") or () if not gate["met"]]
+    missed = [f"gate {gate['name']}: {gate_said(gate)}" for gate in report.get("gates") or () if gate["met"] is False]
     fallbacks = [f"{layer['name']}: {layer['fallback']}" for _, layer in layers(report) if layer["fallback"]]
     return list(dict.fromkeys([*missed, *fallbacks]))
 
 
 def gate_said(gate: Report) -> str:
-    met = "met" if gate["met"] else "not met"
-    measured = "not measured" if gate["value"] is None else f"{gate['value']:.4g}"
-    return f"{measured}, limit {gate['limit']:g}, {met}"
+    if gate["value"] is None:
+        return f"not measured, limit {gate['limit']:g}"
+    return f"{gate['value']:.4g}, limit {gate['limit']:g}, {'met' if gate['met'] else 'not met'}"
 
 
 def verified(report: Report) -> str:

@@ -161,3 +161,44 @@ def test_text_is_generated_on_the_packed_runtime(
 def test_nothing_to_score_is_a_wrong_request(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tiny)]) == 2
     assert "give --text FILE, or --tasks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--device", "cuda:99"], "cannot be used here"),
+        (["--set", "evaluation.text=[nosuch.txt]"], "nosuch.txt"),
+        (["--calibration", "typo.jsonl"], "typo.jsonl"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_work(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    command = ["run", "w4a16-rtn", "--model", str(tiny), "--output", str(tmp_path / "out")]
+    assert main([*command, "--set", "rtn.group_size=32", *arguments]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_itself_is_never_the_output(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    command = ["run", "w4a16-rtn", "--model", str(model), "--output", str(model), "--overwrite"]
+    assert main([*command, "--set", "rtn.group_size=32"]) == 2
+    assert "is the model's own folder" in capsys.readouterr().err
+    assert (model / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+def test_a_gate_that_cannot_be_measured_is_said_not_to_be(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "w4a16-rtn", "--model", str(tiny), "--output", str(tmp_path / "out")]
+    assert main([*command, "--set", "rtn.group_size=32"]) == 0
+    told = capsys.readouterr().out
+    assert "not measured, limit 1.05" in told
+    assert "no text to score on" in told
+
+
+def test_a_wrong_window_is_refused(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(tiny), "--text", str(text), "--context", "1"]) == 2
+    assert "--context 1: must be at least 2" in capsys.readouterr().err

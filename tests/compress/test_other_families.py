@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import compress
@@ -104,3 +106,27 @@ def test_an_encoder_is_compressed_and_said_to_have_no_perplexity(tiny: Path, tex
     assert report["evaluation"] is None
     assert "an encoder has no perplexity" in report["evaluation_note"]
     assert report["verification"]["max_relative_difference"] < 1e-5
+
+
+def test_linear_layers_outside_the_blocks_are_named_as_kept(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """OPT with projections around its blocks: a reader that takes every Linear for quantized would fail."""
+    pytest.importorskip("compressed_tensors")
+    SIZES["OPTForCausalLM"]["word_embed_proj_dim"] = 16
+    model = saved("OPTForCausalLM", tiny, tmp_path / "model")
+    SIZES["OPTForCausalLM"]["word_embed_proj_dim"] = 32
+    compress.run("w4a16-gptq", model=str(model), output=tmp_path / "out", calibration=str(text), overrides=settings())
+    ours, _ = compress.load(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.arange(2, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.allclose(ours(tokens).logits, theirs(tokens).logits, atol=1e-5)
+
+
+def test_blocks_that_the_model_does_not_run_are_copied(tiny: Path, tmp_path: Path) -> None:
+    """Files may hold more blocks than config.json asks for, as heads that predict several tokens ahead do."""
+    model = saved("OPTForCausalLM", tiny, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (model / "config.json").write_text(json.dumps(config))
+    compress.run("w8a16-rtn", model=str(model), output=tmp_path / "out", overrides=["gates={}"])
+    last = load_file(tmp_path / "out" / "model-00002-of-00002.safetensors")
+    assert "model.decoder.layers.1.fc1.weight" in last

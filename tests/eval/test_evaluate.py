@@ -163,9 +163,10 @@ def test_the_default_context_is_the_models_up_to_2048() -> None:
     assert default_context(GPT2Config(n_positions=1024)) == 1024
 
 
-def test_a_batch_stays_under_256_megabytes_of_logits() -> None:
+def test_a_batch_stays_under_64_megabytes_of_logits() -> None:
     assert default_batch_size(context=512, vocabulary=512) == 16
-    assert default_batch_size(context=2048, vocabulary=8192) == 4
+    assert default_batch_size(context=512, vocabulary=8192) == 4
+    assert default_batch_size(context=2048, vocabulary=8192) == 1
     assert default_batch_size(context=2048, vocabulary=128_256) == 1
 
 

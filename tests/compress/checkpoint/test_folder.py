@@ -65,3 +65,24 @@ def test_side_files_are_copied_and_weights_are_not(tiny: Path, tmp_path: Path) -
     assert (folder.partial / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
     assert json.loads((folder.partial / "config.json").read_text()) == {"a": 1}
     assert not (folder.partial / "model.safetensors").exists()
+
+
+def test_a_folder_that_no_run_left_is_never_removed(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("precious")
+    with pytest.raises(OutputError, match="no run of netsuke left it"):
+        OutputFolder(tmp_path / "out", 1).check(resume=False, overwrite=True)
+
+
+def test_a_run_that_may_overwrite_may_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("")
+    folder = started(tmp_path / "out")
+    (folder.scratch / "manifest.json").write_text("{}")
+    folder.check(resume=True, overwrite=False)
+
+
+def test_an_output_where_nothing_can_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is no folder one may write in"):
+        OutputFolder(tmp_path / "file" / "out", 1).check(resume=False, overwrite=False)
