@@ -69,7 +69,6 @@ CELLS = (
     Cell("gptq", bits=3, group_size=128, symmetric=False),
     Cell("gptq", bits=2, group_size=64, symmetric=False),
 )
-RECIPES_AS_SHIPPED = ("w3a16-gptq",)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def main() -> None:
 
 
 def jobs(options: argparse.Namespace, windows: Windows, work: Path) -> Iterator[Job]:
-    """Both toolkits on every cell, then the shipped recipes as they are."""
+    """Both toolkits on every cell."""
     tokens = work / "windows.json"
     tokens.write_text(json.dumps(windows.tokens.tolist()), encoding="utf-8")
     ours, peers = SCRIPTS / "quantize_with_netsuke.py", SCRIPTS / "quantize_with_llmcompressor.py"
@@ -143,9 +142,6 @@ def jobs(options: argparse.Namespace, windows: Windows, work: Path) -> Iterator[
         yield Job(cell.title, "netsuke", sys.executable, ours, request)
         request = common | vars(cell) | {"windows": str(tokens), "dtype": options.peer_dtype}
         yield Job(cell.title, "llm-compressor", options.peer_python, peers, request)
-    for recipe in RECIPES_AS_SHIPPED:
-        request = common | {"recipe": recipe, "overrides": calibration}
-        yield Job(f"{recipe} as shipped", "netsuke", sys.executable, ours, request)
 
 
 def measure(
