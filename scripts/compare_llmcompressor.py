@@ -177,7 +177,11 @@ def preamble(options: argparse.Namespace, windows: Windows) -> str:
         f"`{options.calibration.name}`, scored on `{options.test.name}` against the original. "
         f"llm-compressor {release} (torch {peer_torch}) loads the model in {options.peer_dtype}, which is also how it "
         "stores scales and whatever it does not quantize, and has its defaults otherwise; its saving is not timed, "
-        f"netsuke's is. netsuke runs on torch {torch.__version__}. One thread each; ± is one standard error."
+        f"netsuke's is. netsuke runs on torch {torch.__version__}. One thread each; ± is one standard error; "
+        f"{f'the first {options.limit}' if options.limit else 'all'} windows are scored.\n\n"
+        f"`scripts/compare_llmcompressor.py --peer-python PEER/bin/python --peer-dtype {options.peer_dtype} "
+        f"--model {options.model.name} --calibration {options.calibration.name} --test {options.test.name}"
+        f"{f' --limit {options.limit}' if options.limit else ''}`"
     )
 
 
