@@ -65,6 +65,8 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=3072)
     parser.add_argument("--ffn", type=int, default=8192)
     parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--set", nargs="+", default=[], help="more settings, for quicker runs: gptq.sweeps=0")
     parser.add_argument("--limit", type=float, default=2.5e9, help="bytes")
     parser.add_argument("--work", type=Path, help="where models are written (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
@@ -94,11 +96,12 @@ def measure(work: Path, options: argparse.Namespace, enter: Enter) -> list[dict[
         make = [sys.executable, str(MAKE_MODEL), str(model), *sizes.split(), *heads.split()]
         subprocess.run(make, check=True, stdout=sys.stderr)
         weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        for recipe, settings in RECIPES.items():
+        for recipe in options.recipes:
+            settings = (*RECIPES[recipe], *options.set)
             output = work / f"{recipe}-{blocks}"
             command = [*NETSUKE, "run", recipe, f"--model={model}", f"--output={output}"]
             command += [f"--set={setting}" for setting in settings]
-            command += [f"--calibration={text}"] if settings else []
+            command += [f"--calibration={text}"] if RECIPES[recipe] else []
             print(f"{recipe} on {blocks} blocks …", file=sys.stderr)
             facts = {"recipe": recipe, "blocks": blocks, "weights_bytes": weights}
             results.append(facts | asdict(run(command, enter)))
