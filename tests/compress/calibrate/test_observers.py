@@ -78,3 +78,14 @@ def test_no_finite_token_at_all_is_an_error() -> None:
     observer.update(torch.full((5, 3), float("nan")))
     with pytest.raises(NumericalError, match="5 of 5 held NaN"):
         observer.result(5, "layer")
+
+
+def test_products_of_bfloat16_inputs_are_exact_and_the_precision_is_restored() -> None:
+    inputs = torch.randn(500, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = torch.get_float32_matmul_precision()
+    observer = MomentsObserver(40)
+    observer.update(inputs)
+    hessian = observer.result(500, "x").hessian
+    exact = inputs.double().T @ inputs.double() / 500
+    assert ((hessian - exact).abs().max() / exact.abs().max()).item() < 1e-5
+    assert torch.get_float32_matmul_precision() == before
