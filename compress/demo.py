@@ -15,7 +15,7 @@ import os
 import random
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from compress.errors import DataError, OutputError
-
-Progress = Callable[[str, float, str], None]
-"""Called with the phase, the share of the whole that is done (0…1), and a few words."""
+from compress.scoring import Progress
 
 MODEL = "docstring-llama"
 RECIPES = ("w8a16-rtn", "w4a16-gptq", "w4a16-awq", "w3a16-gptq")

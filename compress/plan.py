@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def calibrated(self) -> bool:
-        return any(stage.calibrated for stage in self.recipe.stages)
+        return self.recipe.calibrated
 
     @property
     def calibration_tokens(self) -> int:
@@ -192,7 +192,7 @@ def make_plan(recipe: Recipe, folder: Folder) -> Plan:
         for layer in candidates
     )
     notes = [*anatomy.conclusions, *folder.truncated]
-    calibrated = any(stage.calibrated for stage in recipe.stages)
+    calibrated = recipe.calibrated
     context = context_length(folder.config)
     length = min(recipe.calibration.sequence_length, context) if calibrated else min(PROBE_LENGTH, context)
     if calibrated and length < recipe.calibration.sequence_length:

@@ -97,6 +97,11 @@ class Recipe:
     positions: Mapping[KeyPath, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each key and list item was written: `file:line:column`, or `--set path`."""
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether any stage needs calibration inputs."""
+        return any(stage.calibrated for stage in self.stages)
+
     def where(self, *path: str | int) -> str:
         """Where to point in a complaint about `path`: its own place or that of the nearest part around it."""
         return _nearest(self.positions, path) or self.source or self.name

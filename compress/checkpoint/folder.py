@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.checkpoint.manifest import write_atomically
+from compress.checkpoint.manifest import replace_durably, write_atomically
 from compress.errors import OutputError, writing
 from compress.models.headers import Folder
 
@@ -96,7 +96,7 @@ class OutputFolder:
             temporary.chmod((self.partial / ".netsuke").stat().st_mode & 0o666)  # the library makes it private
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
-            os.replace(temporary, path)
+            replace_durably(temporary, path)
 
     def write_rest(self, source: Folder, config: Mapping[str, Any], index: Mapping[str, str], total: int) -> None:
         """Side files, index and config. `index`: tensor name → shard name; `total`: bytes of all tensors."""

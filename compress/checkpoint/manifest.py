@@ -80,4 +80,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        replace_durably(temporary, path)
+
+
+def replace_durably(source: Path, target: Path) -> None:
+    """Rename a synced file over another, and make sure that the renaming itself has reached the disk."""
+    os.replace(source, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -138,9 +138,8 @@ class LazyModel:
         return self.module(input_ids=tokens.to(self.device), use_cache=False).logits
 
     @contextmanager
-    def resident(self, paths: list[str] | None = None) -> Iterator[None]:
-        """Fill the given module paths (all outside the blocks by default) and empty them at the end."""
-        paths = self.outer() if paths is None else paths
+    def resident(self, paths: list[str]) -> Iterator[None]:
+        """Fill the given module paths, and empty them at the end."""
         try:
             for path in paths:
                 self.materialise(path)
