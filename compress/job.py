@@ -21,7 +21,7 @@ from compress.calibrate.activations import Activations
 from compress.calibrate.block import Block
 from compress.calibrate.capture import finish
 from compress.calibrate.data import Windows, calibration_windows, first_tokens, is_file, read_dataset
-from compress.calibrate.walk import enter, walk
+from compress.calibrate.walk import enter, inputs_of, walk
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key, write_atomically
 from compress.checkpoint.weights import open_model
@@ -83,7 +83,7 @@ class Job:
         done = self.manifest.blocks
         if done == self.plan.num_blocks:
             return
-        entrance = enter(self.model, self.windows.tokens, self._activations(0), resumed=done > 0)
+        entrance = enter(self.model, self.windows.tokens, inputs_of(0, self.folder.scratch), resumed=done > 0)
         self.manifest.width = entrance.inputs.width
         inputs = self._activation_file(done) if done else entrance.inputs
         self.say("blocks", f"block {done + 1} of {self.plan.num_blocks}")
@@ -143,7 +143,6 @@ class Job:
             return
         weights = self.model.weights
         outside = self.plan.shards[-1]
-        outside = self.plan.shards[-1]
         rest = {header.name: weights.read(name) for name, header in weights.tensors.items() if header.name in outside}
         self.folder.write_shard(self.plan.num_blocks, rest)
         del rest
@@ -176,7 +175,7 @@ class Job:
         scratch = self.folder.scratch / "verify"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        entrance = enter(reloaded, tokens, scratch / "activations-0")
+        entrance = enter(reloaded, tokens, inputs_of(0, scratch))
         *_, (_, result) = walk(reloaded, entrance, entrance.inputs, scratch, lambda block: None)
         with reloaded.streamed():
             computed = finish(reloaded, tokens[:1], result.read(0, 1))
@@ -271,12 +270,11 @@ class Job:
         done = blocks * self.manifest.blocks / self.plan.num_blocks + (scoring * share if phase == "score" else 0.0)
         self.tell(phase, done / whole, words)
 
-    def _activations(self, index: int) -> Path:
-        return self.folder.scratch / f"activations-{index}"
-
     def _activation_file(self, index: int) -> Activations:
         windows, length = self.windows.tokens.shape
-        return Activations(self._activations(index), length, self.manifest.width, self.model.dtype, windows)
+        return Activations(
+            inputs_of(index, self.folder.scratch), length, self.manifest.width, self.model.dtype, windows
+        )
 
 
 def _windows(plan: Plan, tokenizer: Any) -> Windows:

@@ -1,8 +1,9 @@
 """Activations of the calibration windows, kept in a file.
 
 One array of shape [windows, length, width], appended batch by batch and read back batch by batch. The operating
-system's page cache makes it quick where memory allows; the process itself never holds more than one batch. The file
-that a finished block leaves behind is the exact input of the next one, which is what makes every block a resume point.
+system's page cache makes it quick where memory allows, the more so where a file that is there is written again; the
+process itself never holds more than one batch. The file that a finished block leaves behind is the exact input of the
+next one, which is what makes every block a resume point.
 """
 
 from __future__ import annotations
@@ -32,24 +33,26 @@ class Activations:
         if batch.shape[1:] != (self.length, self.width):
             raise NumericalError(f"{self.path.name}: got activations of shape {list(batch.shape)}")
         rows = batch.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-        with writing(self.path), self.path.open("ab" if self.windows else "wb") as stream:
+        with writing(self.path), self.path.open("r+b" if self.path.exists() else "wb") as stream:
+            stream.seek(self.windows * self._window_bytes)
             stream.write(rows.data)
         self.windows += batch.shape[0]
 
     def read(self, start: int, stop: int) -> Float[Tensor, "batch length width"]:
         stop = min(stop, self.windows)
-        buffer = bytearray((stop - start) * self._window_bytes)
+        batch = torch.empty(stop - start, self.length, self.width, dtype=self.dtype)
         with self.path.open("rb") as stream:
             stream.seek(start * self._window_bytes)
-            count = stream.readinto(buffer)
-        if count != len(buffer):
+            count = stream.readinto(batch.view(torch.uint8).numpy().data)
+        if count != batch.nbytes:
             raise NumericalError(f"{self.path}: holds fewer than {stop} windows; the run's scratch files were changed")
-        return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, self.length, self.width)
+        return batch
 
     def sync(self) -> None:
         """Make sure the file survives a power cut before anything refers to it."""
         with writing(self.path), self.path.open("rb") as stream:
             os.fsync(stream.fileno())
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def rewind(self) -> None:
+        """Begin again; what is there will be overwritten."""
+        self.windows = 0

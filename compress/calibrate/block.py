@@ -1,20 +1,16 @@
 """One transformer block on the bench: filled with weights, fed with the calibration set, changed layer by layer.
 
 `moments(site)` runs the calibration set through the block only as far as that site, with every layer that is already
-quantized in place: the true-sequential order of GPTQ. To make that cheap, the inputs of the last linear of a
-sublayer (attention's output projection, the MLP's down projection) are kept in a file while they are observed; once
-nothing before them changes any more, later passes start the sublayer from there instead of from its beginning, so
-attention over the calibration set is computed once per block. Whether a sublayer's output really is its last linear's
-output is checked on the first batch, not assumed; where it is not, the sublayer is simply run again.
+quantized in place: the true-sequential order of GPTQ. To make that cheap, sublayers that are done with answer from what
+was kept of them (`compress.calibrate.sublayer`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +20,7 @@ from compress.calibrate import BATCH_TOKENS
 from compress.calibrate.activations import Activations
 from compress.calibrate.capture import Arguments
 from compress.calibrate.observers import Moments, MomentsObserver
+from compress.calibrate.sublayer import Sublayer
 from compress.core.qtensor import QuantizedTensor
 from compress.models.store import LazyModel
 
@@ -36,15 +33,6 @@ class BlockSite:
     layers: tuple[str, ...]
     roles: tuple[str, ...]
     source: str | None
-
-
-@dataclass
-class _Kept:
-    """The stored inputs of a sublayer's last linear, and how the sublayer wraps that linear's output."""
-
-    inputs: Activations
-    wrap: Any = None
-    checked: bool = False
 
 
 class _Reached(Exception):  # noqa: N818  (not an error: the pass has come as far as it was sent)
@@ -78,7 +66,8 @@ class Block:
         self._scratch = scratch
         self._batch = max(1, BATCH_TOKENS // inputs.length)
         self._moments: dict[int, Moments] = {}
-        self._kept: dict[int, _Kept] = {}
+        self._sublayers: dict[int, Sublayer] = {}
+        """Site → the sublayer that its only layer closes, kept."""
 
     # ---- what a stage reads -----------------------------------------------------------------------------------
 
@@ -143,16 +132,9 @@ class Block:
 
     def propagate(self, outputs: Activations) -> Activations:
         """Run the calibration set through the finished block."""
-        for start in range(0, self.inputs.windows, self._batch):
+        for start in self._starts:
             outputs.append(self._run(start))
         return outputs
-
-    def clear(self) -> None:
-        """Drop the scratch files."""
-        for kept in self._kept.values():
-            kept.inputs.remove()
-        self._kept.clear()
-        self._moments.clear()
 
     def stored(self, name: str) -> Tensor:
         """A rewritten tensor the way the checkpoint stores it."""
@@ -163,102 +145,96 @@ class Block:
     # ---- how ---------------------------------------------------------------------------------------------------
 
     def _observe(self, site: BlockSite) -> Moments:
-        first = site.layers[0]
-        layer = self.model.module.get_submodule(first)
+        observer = MomentsObserver(self._width(site.layers[0]))
+        for batch in self._inputs_of(site):
+            observer.update(batch)
+        return observer.result(self.inputs.windows * self.inputs.length, name=site.layers[0])
+
+    def _inputs_of(self, site: BlockSite) -> Iterator[Float[Tensor, "batch length in"]]:
+        """A site's inputs over the calibration set. Where the site closes a sublayer they are kept."""
+        sublayer = self._sublayers.get(site.index)
+        if sublayer:
+            yield from (sublayer.inputs.read(start, start + self._batch) for start in self._starts)
+            return
+        sublayer = self._sublayer(site)
+        for start in self._starts:
+            if sublayer and start == 0:
+                with sublayer.examined():
+                    batch = self._run(start, site, to_the_end=True)
+                sublayer = sublayer if sublayer.resumable else None
+            else:
+                batch = self._run(start, site)
+            if sublayer:
+                sublayer.inputs.append(batch)
+            yield batch
+        if sublayer:
+            self._sublayers[site.index] = sublayer
+
+    @torch.inference_mode()
+    def _run(self, start: int, site: BlockSite | None = None, to_the_end: bool = False) -> Tensor:
+        """One batch through the block as far as `site`, whose input is returned; without one the block's output."""
+        stop = min(start + self._batch, self.inputs.windows)
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             caught.append(args[0])
-            raise _Reached
+            if not to_the_end:
+                raise _Reached
 
-        keep = self._sublayer(site) is not None and site.index not in self._kept
-        width = self._width(first)
-        stored = Activations(self._scratch / f"site-{site.index}", self.inputs.length, width, self.model.dtype)
-        observer = MomentsObserver(width)
-        for start in range(0, self.inputs.windows, self._batch):
-            handle = layer.register_forward_pre_hook(catch)
+        with ExitStack() as stack:
+            for index, sublayer in self._sublayers.items():
+                if site is None or index < site.index:
+                    stack.enter_context(sublayer.resumed(start, stop))
+            if site:
+                layer = self.model.module.get_submodule(site.layers[0])
+                stack.callback(layer.register_forward_pre_hook(catch).remove)
+            hidden = self.inputs.read(start, stop).to(self.model.device)
             try:
-                self._run(start)
+                result = self.module(hidden, *self._arguments.args, **self._arguments.kwargs)
             except _Reached:
                 pass
-            finally:
-                handle.remove()
-            batch = caught.pop()
-            observer.update(batch)
-            if keep:
-                stored.append(batch)
-        if keep:
-            self._kept[site.index] = _Kept(stored)
-        return observer.result(self.inputs.windows * self.inputs.length, name=first)
-
-    @torch.inference_mode()
-    def _run(self, start: int) -> Tensor:
-        hidden = self.inputs.read(start, start + self._batch).to(self.model.device)
-        with ExitStack() as stack:
-            for site in self.sites:
-                if site.index in self._kept:
-                    stack.enter_context(self._resumed(site, start))
-            result = self.module(hidden, *self._arguments.args, **self._arguments.kwargs)
+        if site:
+            return caught.pop()
         return result[0] if isinstance(result, tuple) else result
 
-    @contextmanager
-    def _resumed(self, site: BlockSite, start: int) -> Iterator[None]:
-        """Within: the site's sublayer starts from its last linear's stored inputs."""
-        kept = self._kept[site.index]
-        path = self._sublayer(site)
-        assert path is not None
-        sublayer = self.model.module.get_submodule(path)
-        linear = self.model.module.get_submodule(site.layers[0])
-        if not kept.checked:
-            with self._examined(kept, sublayer, linear):
-                yield
-            return
-        if kept.wrap is None:
-            yield
-            return
+    @property
+    def _starts(self) -> range:
+        """The first window of each batch."""
+        return range(0, self.inputs.windows, self._batch)
 
-        def forward(*_: Any, **__: Any) -> Any:
-            return kept.wrap(linear(kept.inputs.read(start, start + self._batch).to(self.model.device)))
-
-        sublayer.forward = forward
-        try:
-            yield
-        finally:
-            del sublayer.forward
-
-    @contextmanager
-    def _examined(self, kept: _Kept, sublayer: nn.Module, linear: nn.Module) -> Iterator[None]:
-        """Within: the sublayer runs in full, and is watched for how it wraps the last linear's output."""
-        seen: dict[str, Any] = {}
-        hooks = [
-            linear.register_forward_hook(lambda _m, _a, result: seen.update(linear=result)),
-            sublayer.register_forward_hook(lambda _m, _a, result: seen.update(sublayer=result)),
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if "sublayer" in seen:
-                kept.checked = True
-                kept.wrap = _wrapping(seen["sublayer"], seen["linear"])
-
-    def _sublayer(self, site: BlockSite) -> str | None:
+    def _sublayer(self, site: BlockSite) -> Sublayer | None:
         """The module whose last act is this site's only layer, None where there is no such module."""
         path = site.layers[0].rpartition(".")[0]
         closes = len(site.layers) == 1 and site.roles[0] in {"attn.o", "mlp.down"}
-        return path if closes and path != self.name else None
+        if not closes or path == self.name:
+            return None
+        find = self.model.module.get_submodule
+        norm = next((s.source for s in self.sites if all(layer.startswith(f"{path}.") for layer in s.layers)), None)
+        norm = norm if norm and self.model.module.get_parameter(f"{norm}.weight").dim() == 1 else None
+        outputs = site is not self.sites[-1]
+        return Sublayer(
+            find(path),
+            find(site.layers[0]),
+            find(norm) if norm else None,
+            self._activations(f"inputs-{site.index}", self._width(site.layers[0])),
+            self._activations(f"outputs-{site.index}", self._shape(site.layers[0])[0]) if outputs else None,
+        )
+
+    def _activations(self, name: str, width: int) -> Activations:
+        return Activations(self._scratch / name, self.inputs.length, width, self.model.dtype)
 
     def _forget(self, first: int) -> None:
         """Drop what was observed at sites from index `first` on: something before them has changed."""
-        for index in [index for index in self._kept if index >= first]:
-            self._kept.pop(index).inputs.remove()
+        for index in [index for index in self._sublayers if index >= first]:
+            del self._sublayers[index]
         for index in [index for index in self._moments if index >= first]:
             del self._moments[index]
 
     def _set_weight(self, name: str, weight: Tensor) -> None:
         site = next(site for site in self.sites if name in site.layers)
         self._forget(site.index + 1)
+        if site.index in self._sublayers:
+            self._sublayers[site.index].changed()
         stored = weight.t().contiguous() if self.model.anatomy.transposed else weight
         self.model.set_parameter(f"{name}.weight", stored)
 
@@ -301,13 +277,3 @@ class Block:
         config = self.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return width // channels, head_dim
-
-
-def _wrapping(result: Any, output: Tensor) -> Any:
-    """How `result` is made of `output`: a function, or None where it is not simply that tensor."""
-    if isinstance(result, Tensor):
-        return (lambda tensor: tensor) if torch.equal(result, output) else None
-    if isinstance(result, tuple) and isinstance(result[0], Tensor) and torch.equal(result[0], output):
-        rest = (None,) * (len(result) - 1)
-        return lambda tensor: (tensor, *rest)
-    return None

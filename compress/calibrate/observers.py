@@ -1,7 +1,7 @@
 """Observers: what the calibration set leaves behind of one site's inputs.
 
-Every layer-wise method here is satisfied by second moments: H = E[x xᵀ] prices any change of a weight exactly, and
-mean |x| says which channels are large. Neither grows with the number of tokens.
+Every layer-wise method here is satisfied by second moments: H = E[x xᵀ] prices any change of a weight exactly, and its
+diagonal says which channels are large. It does not grow with the number of tokens.
 
 Inputs are cast to float32 before they are multiplied (a float16 product overflows on real models) and added up in
 float64, float32 where the matrix is too large for that. A token with a NaN or an infinity would poison every entry,
@@ -21,7 +21,7 @@ from torch import Tensor
 from compress.calibrate import FLOAT64_BELOW
 from compress.errors import NumericalError
 
-PANEL = 192
+PANEL = 128
 """Columns per panel of the Gram matrix; only panels on and right of the diagonal are computed."""
 
 
@@ -31,8 +31,6 @@ class Moments:
 
     hessian: Float[Tensor, "in in"]
     """E[x xᵀ], float64 below 8192 inputs, float32 from there on."""
-    mean_abs: Float[Tensor, "in"]
-    """E|x|, float32."""
     num_tokens: int
     """Tokens the expectations are taken over."""
     num_dropped: int = 0
@@ -45,26 +43,22 @@ class MomentsObserver:
     def __init__(self, in_features: int) -> None:
         dtype = torch.float64 if in_features < FLOAT64_BELOW else torch.float32
         self._gram = torch.zeros(in_features, in_features, dtype=dtype)
-        self._sum_abs = torch.zeros(in_features, dtype=torch.float64)
         self._num_tokens = 0
         self._num_dropped = 0
 
     @torch.no_grad()
     def update(self, inputs: Float[Tensor, "*batch in"]) -> None:
         """Add a batch; its last axis is the input channels, all others are tokens."""
-        n = len(self._sum_abs)
+        n = len(self._gram)
         x = inputs.reshape(-1, n).float()
-        magnitude = x.abs().sum(dim=0)
-        if not magnitude.isfinite().all():
+        if not x.sum().isfinite():
             finite = x.isfinite().all(dim=1)
             self._num_dropped += int((~finite).sum())
             x = x[finite]
-            magnitude = x.abs().sum(dim=0)
-        self._gram, self._sum_abs = self._gram.to(x.device), self._sum_abs.to(x.device)
+        self._gram = self._gram.to(x.device)
         with _quick_products(inputs.dtype):
             for a in range(0, n, PANEL):
                 self._gram[a : a + PANEL, a:] += x[:, a : a + PANEL].T @ x[:, a:]
-        self._sum_abs += magnitude
         self._num_tokens += len(x)
 
     def result(self, expected_tokens: int, name: str) -> Moments:
@@ -89,8 +83,7 @@ class MomentsObserver:
             raise NumericalError(
                 f"{name}: the inputs' mean energy is {trace:g} over {self._num_tokens} calibration tokens"
             )
-        mean_abs = (self._sum_abs / self._num_tokens).float()
-        return Moments(hessian, mean_abs, self._num_tokens, self._num_dropped)
+        return Moments(hessian, self._num_tokens, self._num_dropped)
 
 
 @contextmanager

@@ -42,6 +42,11 @@ def enter(model: LazyModel, tokens: Int[Tensor, "windows length"], path: Path, r
     return Entrance(inputs, arguments)
 
 
+def inputs_of(index: int, scratch: Path) -> Path:
+    """The file that block `index` reads. There are two, by turns: overwriting one costs much less than a new one."""
+    return scratch / f"activations-{index % 2}"
+
+
 def walk(
     model: LazyModel,
     entrance: Entrance,
@@ -59,11 +64,9 @@ def walk(
         model.materialise(name)
         block = Block(model, index, inputs, entrance.arguments[index], scratch)
         work(block)
-        outputs = Activations(scratch / f"activations-{index + 1}", inputs.length, inputs.width, inputs.dtype)
+        outputs = Activations(inputs_of(index + 1, scratch), inputs.length, inputs.width, inputs.dtype)
         block.propagate(outputs)
         outputs.sync()
-        block.clear()
         yield block, outputs
-        inputs.remove()
         inputs = outputs
         model.release(name)

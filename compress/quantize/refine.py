@@ -23,7 +23,7 @@ from compress.core.affine import storable
 from compress.core.linalg import damped
 from compress.core.qtensor import QuantizedTensor
 
-BLOCK = 128
+BLOCK = 32
 """Columns between two updates of the rest of their group."""
 
 

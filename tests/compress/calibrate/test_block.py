@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.calibrate.activations import Activations
 from compress.calibrate.block import Block
@@ -73,7 +73,7 @@ def test_stored_inputs_give_the_outputs_of_the_whole_block(block: Block, tmp_pat
         block.moments(site)
         for name in site.layers:
             rounded(block, name)
-    assert set(block._kept) == {1, 3}
+    assert set(block._sublayers) == {1, 3}
     outputs = block.propagate(Activations(tmp_path / "out", 24, 64, torch.float32))
     hidden = block.inputs.read(0, 9)
     with torch.inference_mode():
@@ -86,6 +86,51 @@ def test_stored_inputs_are_dropped_when_something_before_them_changes(block: Blo
     before = block.moments(output).hessian
     rounded(block, attention.layers[0])
     assert not torch.equal(block.moments(output).hessian, before)
+
+
+def watch(module: nn.Module, name: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Note in `ran` whenever the module computes; its hooks are called also where it is passed over."""
+    compute = type(module).forward
+
+    def forward(self: nn.Module, hidden: Tensor) -> Tensor:
+        if self is module:
+            ran.append(name)
+        return compute(self, hidden)
+
+    monkeypatch.setattr(type(module), "forward", forward)
+
+
+def test_a_site_can_be_observed_again_after_its_sublayer_was_kept(block: Block) -> None:
+    """As a second stage does that works on other layers than the first."""
+    first, closing = block.sites[0], block.sites[1]
+    before = block.moments(first).hessian
+    closed = block.moments(closing).hessian
+    rounded(block, closing.layers[0])
+    block.moments(block.sites[2])
+    assert torch.equal(block.moments(first).hessian, before)
+    assert torch.equal(block.moments(closing).hessian, closed)
+
+
+def test_a_sublayer_that_is_done_with_is_not_run_again(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name in ("input_layernorm", "self_attn.q_proj", "self_attn.o_proj"):
+        watch(block.module.get_submodule(name), name, ran, monkeypatch)
+    for site in block.sites[:2]:
+        block.moments(site)
+    ran.clear()
+    block.moments(block.sites[2])
+    assert ran == ["self_attn.o_proj"] * 3
+    ran.clear()
+    block.moments(block.sites[3])
+    assert ran == []
+
+
+def test_the_last_linear_changed_once_more_is_run_once_more(block: Block) -> None:
+    for site in block.sites:
+        block.moments(site)
+    before = block.moments(block.sites[2]).hessian
+    rounded(block, block.sites[1].layers[0])
+    assert not torch.equal(block.moments(block.sites[2]).hessian, before)
 
 
 @pytest.mark.parametrize("site", [0, 1, 2, 3])
@@ -121,4 +166,4 @@ def test_the_walk_empties_each_block_and_hands_over_its_outputs(
     seen = [block.index for block, _ in walk(model, entrance, entrance.inputs, tmp_path, lambda block: None)]
     assert seen == [0, 1, 2]
     assert all(parameter.is_meta for parameter in model.module.parameters())
-    assert [file.name for file in tmp_path.iterdir()] == ["activations-3"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["activations-0", "activations-1"]

@@ -228,7 +228,7 @@ class Bench:
 
     def moments(self, site: object) -> object:
         self.observed.append(site)
-        return Moments(correlated(), torch.ones(len(correlated())), num_tokens=100)
+        return Moments(correlated(), num_tokens=100)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -268,7 +268,7 @@ def test_the_report_says_when_more_damping_was_needed() -> None:
     bench = Bench()
     H = torch.eye(64, dtype=torch.float64)
     H[0, 1] = H[1, 0] = 1.05
-    bench.moments = lambda site: Moments(H, torch.ones(len(H)), num_tokens=100)
+    bench.moments = lambda site: Moments(H, num_tokens=100)
     (report,) = GPTQ("w4a16").apply(bench, {"o": Grid(4)})
     assert report.fallback.startswith("damping 0.1, not 0.01")
 
@@ -298,6 +298,6 @@ def test_act_order_may_be_yes_or_no(given: bool | str, meant: str) -> None:
 
 def test_the_report_says_how_many_tokens_were_left_out() -> None:
     bench = Bench()
-    bench.moments = lambda site: Moments(correlated(), torch.ones(64), num_tokens=90, num_dropped=10)
+    bench.moments = lambda site: Moments(correlated(), num_tokens=90, num_dropped=10)
     (report,) = GPTQ("w4a16").apply(bench, {"o": Grid(4)})
     assert report.fallback == "10 of 100 calibration tokens were not finite and left out"

@@ -17,36 +17,35 @@ def weight(rows: int = 24) -> Tensor:
     return torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows))
 
 
-def moments(loud: float = 30.0) -> Moments:
-    """Inputs of which every sixteenth channel is `loud` times larger."""
+def hessian(loud: float = 30.0) -> Tensor:
+    """Of inputs of which every sixteenth channel is `loud` times larger."""
     x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     x[:, ::16] *= loud
     observer = MomentsObserver(64)
     observer.update(x)
-    return observer.result(2000, "site")
+    return observer.result(2000, "site").hessian
 
 
 def nearest(w: Tensor, grid: Grid) -> Tensor:
     return affine.quantize(w, *ranges.minmax(w, grid, torch.float32), grid).dequantize()
 
 
-def error(weights: list[Tensor], scale: Tensor, grids: list[Grid], seen: Moments) -> float:
+def error(weights: list[Tensor], scale: Tensor, grids: list[Grid], seen: Tensor) -> float:
     return sum(
-        quadratic_error(w, nearest(w * scale, grid) / scale, seen.hessian)
-        for w, grid in zip(weights, grids, strict=True)
+        quadratic_error(w, nearest(w * scale, grid) / scale, seen) for w, grid in zip(weights, grids, strict=True)
     )
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("loud", [1.0, 30.0])
 def test_the_scale_never_raises_the_error(grid: Grid, loud: float) -> None:
-    weights, seen = [weight(24), weight(8)], moments(loud)
+    weights, seen = [weight(24), weight(8)], hessian(loud)
     scale = search_scale(weights, seen, [grid, grid])
     assert error(weights, scale, [grid, grid], seen) <= error(weights, torch.ones(64), [grid, grid], seen)
 
 
 def test_loud_channels_get_a_larger_scale_and_a_much_smaller_error() -> None:
-    seen, grid = moments(), Grid(4)
+    seen, grid = hessian(), Grid(4)
     scale = search_scale([weight()], seen, [grid])
     loud = torch.arange(64) % 16 == 0
     assert scale[loud].min() > 1.5 * scale[~loud].max()
@@ -54,18 +53,16 @@ def test_loud_channels_get_a_larger_scale_and_a_much_smaller_error() -> None:
 
 
 def test_a_channel_that_never_fired_keeps_a_finite_scale() -> None:
-    seen = moments()
+    seen = hessian()
     silent = torch.arange(64) == 5
-    hessian = seen.hessian.masked_fill(silent | silent.unsqueeze(1), 0)
-    seen = Moments(hessian, seen.mean_abs.masked_fill(silent, 0), seen.num_tokens)
-    scale = search_scale([weight()], seen, [Grid(3)])
+    scale = search_scale([weight()], seen.masked_fill(silent | silent.unsqueeze(1), 0), [Grid(3)])
     assert scale.isfinite().all()
     assert (scale > 0).all()
     assert (scale != 1).any()
 
 
 def test_each_layer_is_scored_on_its_own_grid() -> None:
-    seen, weights = moments(), [weight(24), weight(8)]
+    seen, weights = hessian(), [weight(24), weight(8)]
     fine, coarse = Grid(8), Grid(3)
     assert torch.equal(search_scale(weights, seen, [coarse, fine]), search_scale(weights[:1], seen, [coarse])), (
         "eight bits lose so little that three bits decide"
@@ -76,18 +73,18 @@ def test_candidates_are_tied_before_they_are_scored() -> None:
     def tie(scale: Tensor) -> Tensor:
         return scale.view(2, 32).log().mean(0, keepdim=True).exp().expand(2, 32).reshape(64)
 
-    scale = search_scale([weight()], moments(), [Grid(4)], tie=tie)
+    scale = search_scale([weight()], hessian(), [Grid(4)], tie=tie)
     assert torch.equal(scale[:32], scale[32:])
     assert (scale != 1).any()
 
 
 def test_a_single_step_is_the_identity() -> None:
-    assert torch.equal(search_scale([weight()], moments(), [Grid(4)], steps=1), torch.ones(64))
+    assert torch.equal(search_scale([weight()], hessian(), [Grid(4)], steps=1), torch.ones(64))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_clipping_never_raises_the_error_of_a_group(grid: Grid) -> None:
-    w, H = weight(), moments().hessian
+    w, H = weight(), hessian()
     clipped = search_clip(w, H, grid)
     size = 64 // grid.num_groups(64)
     for a in range(0, 64, size):
@@ -98,7 +95,7 @@ def test_clipping_never_raises_the_error_of_a_group(grid: Grid) -> None:
 
 def test_clipping_only_limits_magnitudes() -> None:
     w = weight()
-    clipped = search_clip(w, moments().hessian, Grid(3, group_size=16))
+    clipped = search_clip(w, hessian(), Grid(3, group_size=16))
     limit = clipped.view(24, 4, 16).abs().amax(-1, keepdim=True)
     assert torch.equal(clipped.view(24, 4, 16), w.view(24, 4, 16).clamp(-limit, limit))
     assert (limit < w.view(24, 4, 16).abs().amax(-1, keepdim=True)).float().mean() > 0.3
@@ -117,7 +114,7 @@ class Bench:
         return self.weights[name].clone()
 
     def moments(self, site: object) -> Moments:
-        return moments()
+        return Moments(hessian(), 2000)
 
     def scale_dtype(self, name: str) -> torch.dtype:
         return torch.float32
@@ -142,9 +139,9 @@ def test_the_stage_preserves_the_function_of_all_layers_of_the_site() -> None:
 
 
 def test_the_stage_reports_the_error_that_rounding_would_make() -> None:
-    bench, seen = Bench(), moments()
+    bench, seen = Bench(), hessian()
     (report,) = AWQ().apply(bench, {"q": Grid(4)})
-    energy = quadratic_error(weight(), torch.zeros(24, 64), seen.hessian)
+    energy = quadratic_error(weight(), torch.zeros(24, 64), seen)
     expected = error([weight()], bench.divisor, [Grid(4)], seen) / energy
     assert report.name == "q"
     assert report.error == pytest.approx(expected, rel=1e-3)
