@@ -94,7 +94,7 @@ class Job:
             self.manifest.blocks = block.index + 1
             self.manifest.save()
             self.say("blocks", f"block {min(block.index + 2, self.plan.num_blocks)} of {self.plan.num_blocks}")
-            del shard, outputs
+            del block, shard, outputs  # or they would stay until the next block is done
 
     def work(self, block: Block) -> None:
         for index, stage in enumerate(self.plan.recipe.stages):

@@ -72,11 +72,14 @@ class Block:
     # ---- what a stage reads -----------------------------------------------------------------------------------
 
     def weight(self, name: str) -> Float[Tensor, "out in"]:
-        """A layer's full-precision weight in float32, [out, in] whatever the module stores."""
+        """A layer's full-precision weight in float32, [out, in] whatever the module stores. Not to be written to."""
         tensor = f"{name}.weight"
         if tensor in self.rewritten:
-            return self.rewritten[tensor].clone()
-        stored = self.model.weights.read(tensor).to(self.model.device, torch.float32)
+            return self.rewritten[tensor]
+        if name in self.quantized or self.model.dtype != torch.float32:
+            stored = self.model.weights.read(tensor).to(self.model.device, torch.float32)
+        else:
+            stored = self.model.module.get_parameter(tensor).detach()
         return stored.t().contiguous() if self.model.anatomy.transposed else stored
 
     def scale_dtype(self, name: str) -> torch.dtype:

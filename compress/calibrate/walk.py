@@ -68,5 +68,6 @@ def walk(
         block.propagate(outputs)
         outputs.sync()
         yield block, outputs
+        del block  # and with it what it holds, before the next one is filled
         inputs = outputs
         model.release(name)

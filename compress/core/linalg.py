@@ -8,6 +8,8 @@ loses digits on the way; instead, with J the reversal of rows and columns,
 H is only positive semi-definite when there are fewer tokens than inputs, so `damping · mean(diag H)` is added to
 its diagonal. Where Cholesky still fails, damping is raised tenfold and again, up to 1; the caller learns which
 value was used.
+
+H is the largest thing in memory, so everything here works on a single copy of it, in place.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ PIVOTS = 32
 """Columns that `pivot_order` picks at a time, at least; and never more than 64 times, for it copies H each time."""
 LEAF = 128
 """Triangles of this size are inverted directly."""
+ROWS = 512
+"""Rows of H that are moved at a time."""
 
 
 class NotPositiveDefinite(NumericalError):  # noqa: N818 - the mathematics' own word
@@ -34,30 +38,24 @@ def dead_columns(hessian: Float[Tensor, "in in"]) -> Bool[Tensor, "in"]:
     return diagonal <= 1e-12 * diagonal.mean()
 
 
-def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """A copy of H with `damping · mean(diag H)` added to its diagonal."""
-    copy = hessian.clone()
-    copy.diagonal().add_(damping * hessian.diagonal().mean())
-    return copy
-
-
 def inverse_cholesky(
     hessian: Float[Tensor, "in in"], damping: float, order: Int[Tensor, "in"] | None = None
 ) -> tuple[Float[Tensor, "in in"], float]:
     """The upper U with `(H + λI)⁻¹ = Uᵀ U`, λ = damping · mean(diag H), and the damping that was used.
 
-    `order`: take rows and columns of H in this order. Works in the dtype of `hessian` with two copies of it at most.
-    Damping is tried as given, then tenfold each time, the last try being 1. Raises NotPositiveDefinite after that.
+    `order`: take rows and columns of H in this order. Works in the dtype of `hessian`, on one copy of it. Damping
+    is tried as given, then tenfold each time, the last try being 1. Raises NotPositiveDefinite after that.
     """
     backwards = torch.arange(len(hessian), device=hessian.device) if order is None else order
     backwards = backwards.flip(0)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     while True:
-        reversed_ = hessian[backwards.unsqueeze(1), backwards]
-        reversed_.diagonal().add_(damping * hessian.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
-        del reversed_
-        if not failed:
-            return invert_upper_(lower.flip(0, 1)), damping
+        matrix = hessian[backwards.unsqueeze(1), backwards]
+        matrix.diagonal().add_(damping * hessian.diagonal().mean())
+        lower = matrix.mT  # symmetric, and stored by columns as LAPACK wants it: factored where it is
+        if not torch.linalg.cholesky_ex(lower, out=(lower, failed))[1]:
+            return invert_upper_(reverse_(matrix).mT), damping
+        del matrix, lower
         if damping >= 1:
             raise NotPositiveDefinite(
                 f"the Hessian of {len(hessian)} inputs is not positive definite even with damping {damping:g}: "
@@ -75,7 +73,8 @@ def pivot_order(hessian: Float[Tensor, "in in"], damping: float) -> Int[Tensor, 
     by what remains once the ones already picked are projected out; exact picking gains another percent and is slower.
     Sorting by H_jj, GPTQ's act-order, is the first pick applied to all.
     """
-    rest = damped(hessian, damping).float()
+    rest = hessian.to(torch.float32, copy=True)
+    rest.diagonal().add_(damping * hessian.diagonal().mean())
     left = torch.arange(len(rest), device=rest.device)
     picked = []
     count = max(PIVOTS, len(rest) // 64)
@@ -88,9 +87,30 @@ def pivot_order(hessian: Float[Tensor, "in in"], damping: float) -> Int[Tensor, 
             break
         picked.append(left[pick])
         explained = torch.linalg.solve_triangular(factor, rest[pick][:, keep], upper=False)
-        rest = rest[keep.unsqueeze(1), keep].addmm_(explained.T, explained, alpha=-1)
+        rest = _compact_(rest, keep).addmm_(explained.T, explained, alpha=-1)
         left = left[keep]
     return torch.cat(picked).flip(0)
+
+
+def _compact_(matrix: Float[Tensor, "n n"], keep: Int[Tensor, " m"]) -> Float[Tensor, "m m"]:
+    """The rows and columns `keep`, ascending, moved to the front of the matrix."""
+    for start in range(0, len(keep), ROWS):
+        rows = keep[start : start + ROWS]
+        matrix[start : start + len(rows), : len(keep)] = matrix[rows.unsqueeze(1), keep]
+    return matrix[: len(keep), : len(keep)]
+
+
+def reverse_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Rows and columns in reverse order, in place. The matrix is contiguous."""
+    flat = matrix.view(-1)
+    step = ROWS * len(matrix)
+    for start in range(0, len(flat) // 2, step):
+        front = flat[start : min(start + step, len(flat) // 2)]
+        back = flat[len(flat) - start - len(front) : len(flat) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+    return matrix
 
 
 def invert_upper_(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

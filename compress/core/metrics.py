@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ROWS = 4096
+ROWS = 512
 """Rows per product, which bounds the memory."""
 
 
@@ -27,7 +27,8 @@ def quadratic_error(
     weight: Float[Tensor, "out in"], approximation: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]
 ) -> float:
     """The mean squared output error of `approximation`, summed over output channels: tr((W - Ŵ) H (W - Ŵ)ᵀ)."""
-    return quadratic_form(weight - approximation, hessian)
+    slices = zip(weight.split(ROWS), approximation.split(ROWS), strict=True)
+    return sum(quadratic_form(w - a, hessian) for w, a in slices)
 
 
 def relative_error(

@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from compress.core import ranges
-from compress.core.linalg import NotPositiveDefinite, damped, dead_columns, inverse_cholesky, pivot_order
+from compress.core.linalg import NotPositiveDefinite, dead_columns, inverse_cholesky, pivot_order
 from compress.core.metrics import relative_error
 from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
@@ -98,12 +98,16 @@ def gptq(
     except NotPositiveDefinite as error:
         nearest = rtn(weight, grid, scale_dtype=scale_dtype, range=range, importance=importance)
         return GPTQResult(nearest, damping, f"round to nearest, because {error}", num_dead)
-    upper = (upper / upper.diagonal().unsqueeze(1)).float()
-    metric = damped(hessian, used).float() if sweeps else hessian
-    parts = []
-    for rows in weight.float().split(max(1, SLICE // weight.shape[1])):
-        part = _solve(rows, upper, order, grid, scale_dtype, range, importance, act_order == "static", block_size)
-        parts.append(refine(rows, part, metric, damping=0, sweeps=sweeps) if sweeps else part)
+    upper = upper.div_(upper.diagonal().unsqueeze(1).clone()).float()
+    slices = weight.float().split(max(1, SLICE // weight.shape[1]))
+    static = act_order == "static"
+    parts = [_solve(rows, upper, order, grid, scale_dtype, range, importance, static, block_size) for rows in slices]
+    del upper
+    if sweeps:
+        metric = hessian.float()
+        parts = [
+            refine(rows, part, metric, damping=used, sweeps=sweeps) for rows, part in zip(slices, parts, strict=True)
+        ]
     return GPTQResult(_stack(parts), used, None, num_dead)
 
 

@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compress.core.affine import storable
-from compress.core.linalg import damped
 from compress.core.qtensor import QuantizedTensor
 
 BLOCK = 32
@@ -37,23 +36,26 @@ def refine(
 ) -> QuantizedTensor:
     """`tensor` with better scales and codes for tr((W - Ŵ)(H + λI)(W - Ŵ)ᵀ), λ = damping · mean(diag H).
 
-    Zero points stay. Damping 0 takes `hessian` as it is. A column it knows nothing of must have a positive diagonal.
+    Zero points stay. A column that `hessian` knows nothing of must have a positive diagonal, or damping be positive.
     """
     rows, columns = tensor.shape
     groups = tensor.scale.shape[1]
     dtype, grid = tensor.scale.dtype, tensor.grid
-    H = damped(hessian, damping).float() if damping else hessian.float()
-    pull = H.diagonal().reciprocal().unsqueeze(1)
+    H = hessian.float()
+    ridge = damping * float(H.diagonal().mean())  # λ, never added to H itself: that would take a copy of it
+    pull = (H.diagonal() + ridge).reciprocal().unsqueeze(1)
     S = tensor.scale.float().T.contiguous()
     Z = torch.zeros_like(S) if tensor.zero_point is None else tensor.zero_point.float().T.contiguous()
     # Transposed, so that a column of the weight is contiguous; levels are codes with their zero point subtracted.
     Q = tensor.codes.float().T.reshape(groups, -1, rows) - Z.unsqueeze(1)
-    G = H @ (weight.float().T - (Q * S.unsqueeze(1)).view(columns, rows))
+    error = weight.float().T - (Q * S.unsqueeze(1)).view(columns, rows)
+    G = (H @ error).add_(error, alpha=ridge)
 
     for _ in range(sweeps):
         for g, q in enumerate(Q):
             group = slice(g * len(q), (g + 1) * len(q))
-            metric = H[group, group]
+            metric = H[group, group].clone()
+            metric.diagonal().add_(ridge)
             step = _scale_step(S[g], q, metric, G[group], dtype)
             S[g] += step
             change = q * step
@@ -68,6 +70,7 @@ def refine(
                 change[block] += moved * S[g]
                 distance -= metric[:, block] @ moved
             G -= H[:, group] @ change
+            G[group] -= ridge * change
     codes = (Q + Z.unsqueeze(1)).view(columns, rows).T.to(torch.int8).contiguous()
     return QuantizedTensor(codes, S.T.to(dtype).contiguous(), tensor.zero_point, grid)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.calibrate.block import Block
 from compress.checkpoint.compressed_tensors import CompressedTensors
 from compress.checkpoint.folder import OutputFolder
 from compress.core.qtensor import QuantizedTensor
 from compress.errors import OutputError, StorageError, VerificationError
+from compress.job import Job
 from compress.pipeline import prepare
 
 SMALL = [
@@ -54,6 +57,23 @@ def test_a_run_leaves_a_whole_folder(finished: Path) -> None:
     assert set(keys.split()) | {"evaluation", "gates"} <= set(report)
     assert len(report["stages"][0]["layers"]) == 21
     assert report["calibration"]["tokens"] == 8 * 48
+
+
+def test_a_finished_block_is_let_go_before_the_next_is_worked_on(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else memory would hold two blocks' worth of codes and statistics."""
+    begun: list[weakref.ref[Block]] = []
+    work = Job.work
+
+    def watched(self: Job, block: Block) -> None:
+        assert not any(before() for before in begun)
+        begun.append(weakref.ref(block))
+        work(self, block)
+
+    monkeypatch.setattr(Job, "work", watched)
+    compressed(tiny, text, tmp_path / "out")
+    assert len(begun) == 3
 
 
 def test_what_was_planned_is_what_was_written(tiny: Path, text: Path, finished: Path) -> None:

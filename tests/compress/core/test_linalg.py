@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from compress.core import linalg
 from compress.core.linalg import (
     NotPositiveDefinite,
-    damped,
     dead_columns,
     inverse_cholesky,
     invert_upper_,
     pivot_order,
+    reverse_,
 )
+
+
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    return hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
 def gram(n: int, tokens: int, seed: int = 0) -> Tensor:
@@ -68,6 +75,36 @@ def test_inverting_a_triangle_by_halves_equals_inverting_it_at_once(n: int) -> N
 def test_dead_columns_are_those_without_energy_relative_to_the_mean() -> None:
     H = torch.diag(torch.tensor([1.0, 0.0, 1e-14, 1e-9], dtype=torch.float64))
     assert dead_columns(H).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 64, 130])
+def test_a_matrix_is_reversed_in_place(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "ROWS", 3)
+    matrix = torch.randn(n, n)
+    expected = matrix.flip(0, 1)
+    assert torch.equal(reverse_(matrix), expected)
+    assert torch.equal(matrix, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_hessian_is_copied_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensors made on the way: no two of them live at a time."""
+    H = gram(1500, 1600).to(dtype)
+    H.diagonal().add_(1)
+    assert most_bytes(lambda: pivot_order(H, 0.01)) < 1.5 * H.numel() * 4
+    assert most_bytes(lambda: inverse_cholesky(H, 0.01)) < 1.8 * H.nbytes
+
+
+def most_bytes(work: Callable[[], object]) -> int:
+    """The most memory that torch held at a time, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 @pytest.mark.parametrize("n", [5, 32, 33, 200])

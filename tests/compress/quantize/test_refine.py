@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.core.linalg import damped
 from compress.core.metrics import quadratic_form
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import WEIGHT_BITS, Grid
@@ -17,6 +16,12 @@ from compress.quantize.rtn import rtn
 GRIDS = [
     Grid(bits, symmetric, group_size) for bits in WEIGHT_BITS for symmetric in (True, False) for group_size in (None, 8)
 ]
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    return hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+
+
 H = damped(torch.cov(torch.randn(32, 400, generator=torch.Generator().manual_seed(0)).cumsum(0)).double(), 1e-6)
 W = torch.randn(12, 32, generator=torch.Generator().manual_seed(1))
 
