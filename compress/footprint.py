@@ -16,8 +16,8 @@ Shape = tuple[int, int]
 
 IMPORTS = 520 << 20
 """Resident memory of the interpreter with torch and transformers imported and warmed up, measured on Linux."""
-HESSIANS = 3
-"""Copies of the statistics while they are factorised."""
+HESSIANS = 2
+"""The statistics, and the copy of them that is factorised."""
 COPIES = 5
 """Float32 copies of one layer's weight while it is quantized."""
 SCORING_BYTES = 64 << 20
