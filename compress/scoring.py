@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +57,29 @@ def score_streams(
 ) -> list[dict[str, Any]]:
     """Score token streams by name; with a baseline, both models see the same tokens."""
     with eval_package():
-        from eval.evaluate import ScoreError, score_texts
+        from eval.evaluate import ScoreError, default_batch_size, score_texts
+
+    batch = default_batch_size(context, read_config(model).get_text_config().vocab_size)
 
     def tell(name: str, done: int, total: int) -> None:
         if progress:
             progress("score", done / total, f"{name}: {done} of {total} windows")
 
+    measure = partial(
+        score_texts,
+        tokenizer=tokenizer,
+        texts=texts,
+        context=context,
+        limit=limit,
+        batch_size=batch,
+        progress=tell,
+    )
     try:
         with opened(model, device) as logits:
             if baseline is None:
-                return score_texts(logits, tokenizer, texts, context=context, limit=limit, progress=tell)
+                return measure(logits)
             with opened(baseline, device) as original:
-                return score_texts(
-                    logits, tokenizer, texts, baseline=original, context=context, limit=limit, progress=tell
-                )
+                return measure(logits, baseline=original)
     except ScoreError as error:
         raise NumericalError(str(error)) from error
 

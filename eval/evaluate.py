@@ -132,11 +132,17 @@ def score_texts(
             raise ValueError(f"{argument}={value} scores nothing; use 1 or more")
     if context is None:
         context = min(_context_of(each) for each in (model, baseline) if each is not None)
-    batch_size = batch_size or default_batch_size(context, len(tokenizer))
+    batch_size = batch_size or default_batch_size(context, max(len(tokenizer), _vocabulary_of(model)))
     bos = prepended_bos(tokenizer)
     streams = texts if isinstance(texts, Mapping) else read_streams(texts, tokenizer)
     cut = {name: windows(tokens, context, bos)[:limit] for name, tokens in streams.items()}
     return [score_windows(name, model, rows, baseline, batch_size, progress).as_dict() for name, rows in cut.items()]
+
+
+def _vocabulary_of(model: LogitsModel) -> int:
+    """The width of the logits, which may be larger than the tokenizer's vocabulary; 0 for a model without a config."""
+    config = getattr(model, "config", None)
+    return 0 if config is None else config.get_text_config().vocab_size
 
 
 def score_windows(

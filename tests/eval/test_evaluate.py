@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+from eval import evaluate
 from eval.evaluate import (
     LogitsModel,
     ScoreError,
@@ -168,6 +169,24 @@ def test_a_batch_stays_under_64_megabytes_of_logits() -> None:
     assert default_batch_size(context=512, vocabulary=8192) == 4
     assert default_batch_size(context=2048, vocabulary=8192) == 1
     assert default_batch_size(context=2048, vocabulary=128_256) == 1
+
+
+def test_a_batch_is_measured_by_the_models_vocabulary_not_the_tokenizers(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings are often padded far beyond the tokenizer, and the logits are as wide as they."""
+
+    class Padded:
+        config = LlamaConfig(vocab_size=4 * len(tokenizer), max_position_embeddings=8)
+
+        def __call__(self, input_ids: Tensor) -> Tensor:
+            rows.append(len(input_ids))
+            return torch.zeros(*input_ids.shape, self.config.vocab_size)
+
+    rows: list[int] = []
+    monkeypatch.setattr(evaluate, "BATCH_BYTES", 4 * 8 * 4 * len(tokenizer) * 2)
+    score_texts(Padded(), tokenizer, TEXTS, limit=4)
+    assert max(rows) == 2
 
 
 @pytest.fixture(scope="module")
