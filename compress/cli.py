@@ -24,6 +24,7 @@ EXAMPLES = {
     "inspect": "netsuke inspect out",
     "eval": "netsuke eval out --baseline ./Llama-3.2-1B --text test.jsonl",
     "generate": 'netsuke generate out --prompt "Once upon a time"',
+    "bench": "netsuke bench out --baseline ./Llama-3.2-1B",
     "demo": "netsuke demo",
     "doctor": "netsuke doctor",
 }
@@ -101,6 +102,16 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     _json_argument(generate)
+
+    bench = add("bench", _bench, "measure speed and memory, alone or against a baseline in the same run")
+    bench.add_argument("model", metavar="MODEL")
+    bench.add_argument("--baseline", metavar="MODEL", help="the original, to compare with")
+    bench.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="tokens to read")
+    bench.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to write after them")
+    bench.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time")
+    bench.add_argument("--threads", type=int, metavar="N", help="threads of the CPU (default: torch's own choice)")
+    bench.add_argument("--repetitions", type=int, default=5, metavar="N", help="measurements that medians are taken of")
+    _json_argument(bench)
 
     demo = add("demo", _demo, "train a small model, compress it four ways, show what it cost; no network needed")
     demo.add_argument("folder", nargs="?", default="netsuke-demo", metavar="DIR")
@@ -229,6 +240,18 @@ def _generate(arguments: argparse.Namespace) -> int:
         _print(arguments, {"prompt": arguments.prompt, "text": text}, [])
     else:
         sys.stdout.write(text + "\n")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from compress.bench import Work, bench
+    from compress.progress import Bar
+    from compress.tables import bench_table
+
+    work = Work(arguments.prompt_tokens, arguments.tokens, arguments.batch, arguments.threads, arguments.repetitions)
+    with Bar() as bar:
+        result = bench(arguments.model, baseline=arguments.baseline, work=work, progress=bar.show)
+    _print(arguments, result, bench_table(result))
     return 0
 
 

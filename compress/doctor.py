@@ -14,11 +14,12 @@ import torch
 
 import quant_kernels
 from compress.core.scheme import WEIGHT_BITS, Grid
-from quant_kernels import reference
-from quant_kernels.cpu import instruction_set
+from quant_kernels import cpu, reference
 
 TYPICAL = 4096
 """Rows and columns of the layer for which a backend is chosen."""
+TRIED = (1, 3, 80)
+"""Numbers of tokens for which a kernel is tried: a step of decoding, a few, a prompt."""
 TOLERANCE = 0.01
 """Relative error up to which a bfloat16 kernel agrees with the reference; rounding alone gives 0.002."""
 
@@ -41,7 +42,7 @@ def describe(device: str) -> str:
         return f"cuda ({torch.cuda.get_device_name()}, compute capability {major}.{minor})"
     capabilities = torch.cpu.get_capabilities()
     extras = [name for name in ("avx512_bf16", "amx_bf16", "avx512_vnni", "amx_int8") if capabilities.get(name)]
-    return f"cpu ({', '.join([instruction_set(), *extras])}; {torch.get_num_threads()} threads)"
+    return f"cpu ({', '.join([cpu.instruction_set(), *extras])}; {torch.get_num_threads()} threads)"
 
 
 def typical_grid(bits: int) -> Grid:
@@ -59,20 +60,33 @@ def _backend(bits: int, device: str) -> dict[str, str]:
     if not error <= TOLERANCE:
         verdict = f"COMPUTES WRONGLY HERE, relative error {error:.1e}: load with dtype=torch.float32 and report it"
     groups = "one scale per channel" if grid.group_size is None else f"groups of {grid.group_size}"
-    return {"backend": chosen.name, "reason": f"{groups}, bfloat16: {chosen.reason}; {verdict}"}
+    how = "; ".join([chosen.reason, *_for_prompts(chosen.name), verdict])
+    return {"backend": chosen.name, "reason": f"{groups}, bfloat16: {how}"}
+
+
+def _for_prompts(backend: str) -> list[str]:
+    """How a CPU kernel computes for many tokens, where it changes its way."""
+    if backend not in cpu.MAX_TOKENS:
+        return []
+    dtype = str(cpu.product_dtype()).removeprefix("torch.")
+    return [f"past {cpu.MAX_TOKENS[backend]} tokens unpacked by chunks and multiplied in {dtype}, the faster type here"]
 
 
 def kernel_error(grid: Grid, dtype: torch.dtype, device: str) -> float:
-    """Relative error of the chosen kernel against the reference in float32, on a small random layer."""
+    """Relative error of the chosen kernel against the reference in float32, on a small random layer, at its worst."""
     generator = torch.Generator().manual_seed(0)
-    rows, columns, tokens = 64, 512, 3
+    rows, columns = 512, 2048
     codes = torch.randint(grid.qmin, grid.qmax + 1, (rows, columns), generator=generator, dtype=torch.int8)
     scale = (torch.rand(rows, grid.num_groups(columns), generator=generator) - 0.5).to(dtype)
-    x = torch.randn(tokens, columns, generator=generator).to(dtype)
     packed = quant_kernels.pack(codes, scale, None, bits=grid.bits, dtype=dtype, device=device)
-    y = quant_kernels.linear(x.to(device), packed).to("cpu", torch.float32)
-    exact = reference.linear_reference(x.to(torch.float32), reference.pack(codes, scale, None, grid.bits))
-    return float((y - exact).norm() / exact.norm())
+    plain = reference.pack(codes, scale, None, grid.bits)
+    errors = []
+    for tokens in TRIED:
+        x = torch.randn(tokens, columns, generator=generator).to(dtype)
+        y = quant_kernels.linear(x.to(device), packed).to("cpu", torch.float32)
+        exact = reference.linear_reference(x.to(torch.float32), plain)
+        errors.append((y - exact).norm() / exact.norm())
+    return float(torch.stack(errors).max())
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+BENCHED = {
+    "prefill_tokens_per_second": "reading, tokens/s",
+    "decode_tokens_per_second": "writing, tokens/s",
+    "weights_bytes": "weights",
+    "peak_memory_bytes": "memory at the peak",
+}
+
 
 def size(count: float) -> str:
     """Bytes as a person says them: `12.1 MB`."""
@@ -78,6 +85,23 @@ def score_table(result: dict[str, Any]) -> RenderableType:
                 error = metrics.get("stderr")
                 tasks.add_row(name, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
     return Group(*(each for each, wanted in ((table, result["texts"]), (tasks, result["tasks"])) if wanted))
+
+
+def bench_table(result: dict[str, Any]) -> RenderableType:
+    """A column per model; speeds and sizes below each other, and the ratio beside them."""
+    original, ratio = result["baseline_values"], result["ratio"]
+    table = _table("", result["scheme"], *([original["scheme"], "ratio"] if original else []))
+    for key, name in BENCHED.items():
+        shown = [
+            size(each[key]) if key.endswith("bytes") else f"{each[key]:.1f}" for each in (result, original) if each
+        ]
+        table.add_row(name, *shown, *([f"{ratio[key]:.2f}×"] if ratio else []))
+    work = (
+        f"{result['prompt_tokens']} tokens read and {result['tokens']} written, batch {result['batch']}, "
+        f"{result['device']}, {result['threads']} threads, median of {result['repetitions']}"
+    )
+    warned = [Text(f"warning   {result['warning']}", style="bold")] if result["warning"] else []
+    return Group(table, Text(work), *warned)
 
 
 def demo_table(rows: list[dict[str, Any]]) -> RenderableType:

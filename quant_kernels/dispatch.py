@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_kernels import cpu, reference
+from quant_kernels import cpu, gpu, reference
 from quant_kernels.layout import LinearSpec, Packed, check
 from quant_kernels.reference import DequantizeRows
 
@@ -41,8 +41,11 @@ class Kernel:
 
 
 BF16 = (torch.bfloat16,)
+HALF = (torch.float16, torch.bfloat16)
 
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("gpu_int4", ("cuda",), HALF, "our Triton kernel on 4-bit words",
+           gpu.int4_objection, gpu.pack_int4, gpu.linear_int4, gpu.dequantize_int4_rows),
     Kernel("cpu_int4", ("cpu",), BF16, "torch's int4 matrix product",
            cpu.int4_objection, cpu.pack_int4, cpu.linear_int4, cpu.dequantize_int4_rows),
     Kernel("cpu_int8", ("cpu",), BF16, "torch's int8 matrix product",

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transform", "quantize", "prune", "distill", "checkpoint", "runtime"),
     ("recipe",),
     ("plan",),
-    ("inspection", "progress", "scoring", "tables"),
+    ("bench", "inspection", "progress", "scoring", "tables"),
     ("report",),
     ("pipeline",),
     ("",),

@@ -8,6 +8,7 @@ one at a time, so that loading needs the packed model and one layer, never the m
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from torch import nn
 
 from compress.checkpoint.weights import QuantizedWeights
+from compress.core.qtensor import QuantizedTensor
 from compress.errors import ModelError
 from compress.models.headers import Folder, read_folder
 from compress.models.store import DTYPES, LazyModel, load_tokenizer, local_folder
-from compress.runtime.modules import QuantLinear
+from compress.runtime.modules import QuantLinear, SharedInput
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -71,10 +73,20 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
     model: Any = lazy.module
     modules = dict(model.named_modules())
     for name in weights.grids:
-        linear = _linear(modules.get(name), name, folder)
-        bias = None if linear.bias is None else weights.read(f"{name}.bias")
-        layer = QuantLinear.from_quantized(weights.quantized(name), bias, dtype=dtype, device=device)
-        model.set_submodule(name, layer)
+        _check_linear(modules.get(name), name, folder)
+    for names in _launches(weights):
+        biases = [weights.read(f"{name}.bias") for name in names if modules[name].bias is not None]
+        layer = QuantLinear.from_quantized(
+            _stacked([weights.quantized(name) for name in names]),
+            torch.cat(biases) if biases else None,
+            dtype=dtype,
+            device=device,
+        )
+        parts = (
+            [layer] if len(names) == 1 else SharedInput(layer, [modules[name].out_features for name in names]).parts()
+        )
+        for name, part in zip(names, parts, strict=True):
+            model.set_submodule(name, part)
     for name, _ in model.named_children():
         lazy.materialise(name)
     _tie(lazy)
@@ -85,12 +97,36 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
     return model
 
 
-def _linear(module: nn.Module | None, name: str, folder: Folder) -> nn.Linear:
-    """The layer that a quantized weight belongs to."""
+def _launches(weights: QuantizedWeights) -> list[list[str]]:
+    """The quantized layers; those of a block that share input, grid and having a bias stand together and run as one."""
+    anatomy = weights.anatomy
+    site_of = {local: number for number, site in enumerate(anatomy.sites) if site.fused for local in site.layers}
+    launches: dict[Hashable, list[str]] = {}
+    for name, grid in weights.grids.items():
+        block, _, local = name.removeprefix(f"{anatomy.blocks}.").partition(".")
+        shared = block, site_of.get(local), grid, f"{name}.bias" in weights
+        launches.setdefault(shared if local in site_of else name, []).append(name)
+    return list(launches.values())
+
+
+def _stacked(weights: list[QuantizedTensor]) -> QuantizedTensor:
+    """The rows of several weights on one grid as one weight."""
+    if len(weights) == 1:
+        return weights[0]
+    zero_points = [weight.zero_point for weight in weights if weight.zero_point is not None]
+    return QuantizedTensor(
+        torch.cat([weight.codes for weight in weights]),
+        torch.cat([weight.scale for weight in weights]),
+        torch.cat(zero_points) if zero_points else None,
+        weights[0].grid,
+    )
+
+
+def _check_linear(module: nn.Module | None, name: str, folder: Folder) -> None:
+    """Raises ModelError where a quantized weight belongs to no linear layer."""
     if not isinstance(module, nn.Linear):
         found = "has no such module" if module is None else f"has a {type(module).__name__} there"
         raise ModelError(f"{folder.path}: {name} is stored as a quantized linear layer, the model {found}")
-    return module
 
 
 def _tie(lazy: LazyModel) -> None:

@@ -1,6 +1,8 @@
-"""A linear layer that keeps its weight as integer codes and computes with whichever kernel suits it."""
+"""Linear layers that keep their weights as integer codes and compute with whichever kernel suits them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +82,48 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.grid.scheme}{group_size}, backend={self.backend}"
         )
+
+
+class SharedInput(nn.Module):
+    """Layers that read the same input, run as one: the rows of `linear` are theirs, one layer's after another's.
+
+    The model goes on calling each layer by its name (`parts`). The first call with an input computes them all, and the
+    others take what waits for them.
+    """
+
+    def __init__(self, linear: QuantLinear, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.sizes = list(sizes)
+        self._input: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def parts(self) -> list[SharedLinear]:
+        return [SharedLinear(self, index) for index in range(len(self.sizes))]
+
+    def take(self, x: Tensor, index: int) -> Tensor:
+        """The output of one layer for x [..., in]."""
+        if x is not self._input or index not in self._waiting:
+            self._input, self._waiting = x, dict(enumerate(self.linear(x).split(self.sizes, dim=-1)))
+        y = self._waiting.pop(index)
+        if not self._waiting:
+            self._input = None
+        return y
+
+
+class SharedLinear(nn.Module):
+    """One of the layers of a `SharedInput`; stands where its `nn.Linear` stood."""
+
+    def __init__(self, shared: SharedInput, index: int) -> None:
+        super().__init__()
+        self.shared = shared
+        self.index = index
+        self.in_features = shared.linear.in_features
+        self.out_features = shared.sizes[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared.take(x, self.index)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in] this layer computes with."""
+        return self.shared.linear.dequantize(dtype).split(self.shared.sizes)[self.index]

@@ -43,7 +43,7 @@ def relative_error(y: Tensor, exact: Tensor) -> float:
     ("rows", "columns", "groups"),
     [(16, 32, 1), (80, 64, 2), (64, 256, 2), (112, 256, 1), (48, 192, 2), (128, 1024, 1), (144, 512, 1)],
 )
-@pytest.mark.parametrize("tokens", [1, 5, cpu.INT4_MAX_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, 5, cpu.MAX_TOKENS["cpu_int4"] + 1])
 def test_int4_agrees_with_the_reference(
     rows: int, columns: int, groups: int, bits: int, symmetric: bool, tokens: int
 ) -> None:
@@ -52,6 +52,52 @@ def test_int4_agrees_with_the_reference(
     bias = activations(1, rows)[0]
     exact = reference.linear_reference(x.float(), reference.pack(*weight, bits), bias.float())
     assert relative_error(cpu.linear_int4(x, cpu.pack_int4(*weight, bits), bias), exact) < BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_tokens_are_right_in_whichever_type_is_faster_here(
+    bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "product_dtype", lambda: dtype)
+    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", 1)
+    weight = random_weight(208, 256, 2 if bits == 4 else 1, bits, symmetric=bits == 8)
+    x, bias = activations(70, 256), activations(1, 208)[0]
+    exact = (
+        x.double() @ reference.dequantize_rows(reference.pack(*weight, bits), 0, 208, torch.float64).T + bias.double()
+    )
+    pack, linear = (cpu.pack_int4, cpu.linear_int4) if bits == 4 else (cpu.pack_int8, cpu.linear_int8)
+    error = relative_error(linear(x, pack(*weight, bits), bias), exact)
+    assert error < (BF16_TOLERANCE if dtype == torch.bfloat16 else 2**-8)
+
+
+def test_the_type_of_products_is_one_of_two_and_does_not_change() -> None:
+    assert cpu.product_dtype() in (torch.bfloat16, torch.float32)
+    assert cpu.product_dtype() is cpu.product_dtype()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(512, 2048), (514, 2080), (640, 4064)])
+def test_rows_taken_in_pairs_give_the_same_product(rows: int, columns: int) -> None:
+    codes, scale, _ = random_weight(rows, columns, 1, 8, symmetric=True)
+    packed = cpu.pack_int8(codes, scale, None, 8)
+    assert cpu._pairs_are_faster(packed)
+    x = activations(1, columns)
+    exact = reference.linear_reference(x.float(), reference.pack(codes, scale, None, 8))
+    assert relative_error(cpu.linear_int8(x, packed), exact) < BF16_TOLERANCE
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(513, 2048), (64, 2048), (512, 1024), (512, 4096)])
+def test_rows_are_not_paired_where_nothing_is_gained(rows: int, columns: int) -> None:
+    codes, scale, _ = random_weight(rows, columns, 1, 8, symmetric=True)
+    assert not cpu._pairs_are_faster(cpu.pack_int8(codes, scale, None, 8))
+
+
+@pytest.mark.parametrize("rows", [64, 272, 592])
+def test_packing_some_rows_at_a_time_gives_the_bytes_of_packing_all(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, scale, _ = random_weight(rows, 96, 3, 4, symmetric=True)
+    some = cpu.pack_int4(codes, scale, None, 4).codes
+    monkeypatch.setattr(cpu, "PACKED_ROWS", rows)
+    assert torch.equal(some, cpu.pack_int4(codes, scale, None, 4).codes)
 
 
 @pytest.mark.parametrize("rows", [16, 48, 64, 80, 112, 144])
@@ -73,7 +119,7 @@ def test_int4_rows_are_found_at_any_chunk_boundary() -> None:
 
 @pytest.mark.parametrize("bits", [5, 6, 7, 8])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 32), (3, 64), (17, 96), (33, 32), (64, 256)])
-@pytest.mark.parametrize("tokens", [1, 3, 5, cpu.INT8_MAX_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, 3, 5, cpu.MAX_TOKENS["cpu_int8"] + 1])
 def test_int8_agrees_with_the_reference(rows: int, columns: int, bits: int, tokens: int) -> None:
     codes, scale, _ = random_weight(rows, columns, 1, bits, symmetric=True)
     x = activations(tokens, columns)

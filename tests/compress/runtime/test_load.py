@@ -28,7 +28,7 @@ from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid
 from compress.errors import ModelError
 from compress.runtime.load import load
-from compress.runtime.modules import QuantLinear
+from compress.runtime.modules import QuantLinear, SharedLinear
 
 SMALL = {
     "vocab_size": 48,
@@ -75,24 +75,36 @@ def random_quantized(shape: tuple[int, int], grid: Grid, seed: int, dtype: torch
     return QuantizedTensor(codes, scale.to(dtype), None if grid.symmetric else zeros, grid)
 
 
-def compressed(folder: Path, model: Any, grid: Grid, codec: CompressedTensors | None = None) -> nn.Module:
-    """Write a quantized folder; the model itself gets the dequantized weights and is what is expected."""
+def compressed(
+    folder: Path,
+    model: Any,
+    grid: Grid,
+    codec: CompressedTensors | None = None,
+    *,
+    other: dict[str, Grid] | None = None,
+    kept: tuple[str, ...] = ("lm_head", "embed_out"),
+) -> nn.Module:
+    """Write a quantized folder; the model itself gets the dequantized weights and is what is expected.
+
+    `other`: end of a layer's name → its own grid.
+    """
     codec = codec or CompressedTensors()
     model.eval().save_pretrained(folder)
     save_tokenizer(folder)
     tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")
     grids: dict[str, Grid] = {}
     for seed, (name, module) in enumerate(model.named_modules()):
-        if isinstance(module, nn.Linear) and name not in ("lm_head", "embed_out"):
+        if isinstance(module, nn.Linear) and name not in kept:
             shape = module.out_features, module.in_features
-            weight = random_quantized(shape, grid, seed, module.weight.dtype)
+            own = next((each for end, each in (other or {}).items() if name.endswith(end)), grid)
+            weight = random_quantized(shape, own, seed, module.weight.dtype)
             del tensors[f"{name}.weight"]
             tensors |= codec.encode(name, weight)
-            grids[name] = grid
+            grids[name] = own
             module.weight.data = weight.dequantize(module.weight.dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = codec.quantization_config(grids, ["lm_head", "embed_out"])
+    config["quantization_config"] = codec.quantization_config(grids, list(kept))
     (folder / "config.json").write_text(json.dumps(config))
     return model
 
@@ -132,8 +144,31 @@ def test_every_quantized_layer_and_no_other_is_a_quant_linear(tmp_path: Path) ->
     model, _ = load(tmp_path)
     plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    alone = [f"model.layers.{index}.{name}" for index in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")]
+    shared = [name for name, module in model.named_modules() if isinstance(module, SharedLinear)]
     assert plain == ["lm_head"]
-    assert len(quantized) == 2 * 7
+    assert [name for name in quantized if not name.endswith("shared.linear")] == alone
+    assert len(quantized) == 2 * 4
+    assert len(shared) == 2 * 5
+
+
+def test_layers_that_share_an_input_but_no_grid_are_run_alone(tmp_path: Path) -> None:
+    grids = {"mlp.up_proj": Grid(8, True, 32), "self_attn.k_proj": Grid(4, False, 32)}
+    expected = compressed(tmp_path, llama(), Grid(4, True, 32), other=grids)
+    model, _ = load(tmp_path, dtype=torch.float32)
+    block = model.model.layers[0]
+    assert isinstance(block.mlp.gate_proj, QuantLinear)
+    assert isinstance(block.mlp.up_proj, QuantLinear)
+    assert isinstance(block.self_attn.k_proj, QuantLinear)
+    assert block.self_attn.q_proj.shared is block.self_attn.v_proj.shared
+    torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-6)
+
+
+def test_a_quantized_head_is_a_quant_linear(tmp_path: Path) -> None:
+    expected = compressed(tmp_path, llama(tied=False), Grid(4, True, 32), kept=())
+    model, _ = load(tmp_path, dtype=torch.float32)
+    assert isinstance(model.lm_head, QuantLinear)
+    torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-6)
 
 
 def test_tied_embeddings_stay_one_tensor(tmp_path: Path) -> None:
@@ -158,7 +193,7 @@ def test_transformers_does_not_take_the_loaded_model_for_one_of_its_own_quantize
     assert model.netsuke_quantization["quant_method"] == "compressed-tensors"
 
 
-def test_codes_of_one_layer_at_a_time_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_of_one_launch_at_a_time_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compressed(tmp_path, llama(), Grid(4, True, 32))
     read: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
@@ -172,7 +207,7 @@ def test_codes_of_one_layer_at_a_time_are_in_memory(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(QuantizedWeights, "quantized", watched)
     load(tmp_path)
-    assert alive == [0] * 14
+    assert sorted(alive) == [0] * 8 + [1] * 4 + [2] * 2  # q k v together, gate and up, o and down alone
 
 
 def test_generation_settings_of_the_folder_are_used(tmp_path: Path) -> None:

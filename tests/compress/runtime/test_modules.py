@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid
-from compress.runtime.modules import QuantLinear
+from compress.runtime.modules import QuantLinear, SharedInput
 
 
 def quantized(grid: Grid, rows: int = 64, columns: int = 256) -> QuantizedTensor:
@@ -66,3 +68,42 @@ def test_moved_to_another_type_it_says_to_load_again() -> None:
         pytest.skip("this machine has no kernel that insists on a type")
     with pytest.raises(ValueError, match="Load the model again"):
         layer.to(torch.float32)(randn(1, 256))
+
+
+def shared() -> SharedInput:
+    return SharedInput(QuantLinear.from_quantized(quantized(Grid(4, True, 64))), [32, 16, 16])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 0, 2)])
+def test_layers_on_one_input_give_what_each_gives_alone_in_any_order(order: tuple[int, ...]) -> None:
+    group = shared()
+    parts = group.parts()
+    for x in (randn(2, 3, 256), randn(1, 256)):
+        for index in order:
+            torch.testing.assert_close(parts[index](x), F.linear(x, parts[index].dequantize()), rtol=1e-5, atol=1e-4)
+
+
+def test_layers_on_one_input_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, calls = shared(), []
+    forward = group.linear.forward
+    monkeypatch.setattr(group.linear, "forward", lambda x: calls.append(x) or forward(x))
+    for x in (randn(1, 256), randn(1, 256)):
+        for part in group.parts():
+            part(x)
+    assert len(calls) == 2
+
+
+def test_a_new_input_is_never_answered_with_what_waits_for_the_last_one() -> None:
+    first, second, _ = shared().parts()
+    first(randn(1, 256))
+    x = 2 * randn(1, 256)
+    torch.testing.assert_close(second(x), F.linear(x, second.dequantize()), rtol=1e-5, atol=1e-4)
+
+
+def test_nothing_is_kept_once_every_layer_has_its_output() -> None:
+    group, x = shared(), randn(1, 256)
+    held = weakref.ref(x)
+    for part in group.parts():
+        part(x)
+    del x
+    assert held() is None

@@ -1,0 +1,69 @@
+"""Quantized linear layers on a GPU, with this package's own Triton kernels.
+
+`gpu_int4`, codes of 2 to 4 bits: the operator of `w4a16`. Groups of 32 or 64 columns, of a multiple of 128, or one
+scale per row, symmetric or with zero points, any number of rows, float16 or bfloat16 activations.
+
+Triton is imported when a layer is first packed: a machine without a GPU needs no Triton.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from quant_kernels.layout import LinearSpec, Packed
+
+CAPABILITY = (8, 0)
+"""The oldest NVIDIA GPUs with the matrix instructions that the kernels are compiled to: Ampere."""
+
+
+def int4_objection(spec: LinearSpec) -> str | None:
+    """Why `gpu_int4` cannot run this layer; None where it can."""
+    if spec.bits > 4:
+        return f"holds codes of up to 4 bits, not {spec.bits}"
+    group = spec.columns_per_scale
+    if group not in (32, 64, spec.in_features) and group % 128:
+        return f"needs groups of 32, 64 or a multiple of 128 columns, or one scale per row, not {group}"
+    return _machine_objection()
+
+
+def pack_int4(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Packed:
+    """codes: int16 words as in `quant_kernels.words`; scale, zero_point: [groups, out], zeros of the stored codes."""
+    from quant_kernels import w4a16
+
+    words, scales, zeros = w4a16.pack(codes, scale, zero_point)
+    rows, columns = codes.shape
+    return Packed("gpu_int4", bits, rows, columns, words, scales, zeros)
+
+
+def linear_int4(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """x [tokens, in] → [tokens, out], both float16 or both bfloat16."""
+    from quant_kernels import w4a16  # noqa: F401  (registers the operator)
+
+    return torch.ops.netsuke.w4a16(x, packed.codes, packed.scale, packed.zero_point, bias)
+
+
+def dequantize_int4_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows `start` to `stop` of the weight."""
+    from quant_kernels.words import SIGNED_ZERO, TILE_ROWS, unpack_words
+
+    words = packed.codes[start // TILE_ROWS : -(-stop // TILE_ROWS)]
+    codes = unpack_words(words, stop - start, packed.in_features).to(torch.float32)
+    grouped = codes.view(stop - start, packed.scale.shape[0], -1)
+    if packed.zero_point is None:
+        grouped -= SIGNED_ZERO
+    else:
+        grouped -= packed.zero_point[:, start:stop].T.to(torch.float32).unsqueeze(-1)
+    scale = packed.scale[:, start:stop].T.to(torch.float32)
+    return grouped.mul_(scale.unsqueeze(-1)).view(stop - start, -1).to(dtype)
+
+
+def _machine_objection() -> str | None:
+    """Why Triton kernels would not run on this machine's GPU."""
+    if find_spec("triton") is None:
+        return "needs Triton, which is not installed: pip install netsuke[gpu]"
+    if torch.version.cuda and torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY:
+        return f"needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer"
+    return None

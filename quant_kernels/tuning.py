@@ -1,0 +1,54 @@
+"""Which configuration a kernel is launched with: what was measured on this very GPU, else a rule of thumb.
+
+Nothing is tuned while a model runs. `tables/<gpu>.json` holds what `scripts/tune_kernels.py` found best, by operator,
+weight shape, group size and bucket of tokens; shapes that are not in it are left to the operator's own heuristic.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLES = Path(__file__).parent / "tables"
+BUCKETS = (16, 32, 64, 128, 512)
+"""The most tokens of each bucket but the last."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a matrix product is cut up. A thread block makes block_m tokens × block_n outputs of the result."""
+
+    block_m: int
+    block_n: int
+    block_k: int = 128
+    split_k: int = 1
+    """Thread blocks that share one piece of the result, each summing over a part of the inputs."""
+    num_warps: int = 4
+    num_stages: int = 4
+    swap: bool = False
+    """Compute the transpose: weights become the left operand, which Hopper's wide instructions want in registers."""
+
+
+def bucket(tokens: int) -> str:
+    """The bucket's most tokens, `16`, or `more`."""
+    return next((str(most) for most in BUCKETS if tokens <= most), "more")
+
+
+def tabled(operator: str, device: torch.device, rows: int, columns: int, group_size: int, tokens: int) -> Config | None:
+    """The measured best for a weight [rows, columns] on this GPU, if there is one. `group_size` 0: per channel."""
+    if device.type != "cuda":
+        return None
+    entries = _table(torch.cuda.get_device_name(device))
+    found = entries.get(f"{operator} {rows}x{columns} g{group_size} m{bucket(tokens)}")
+    return Config(**found) if found else None
+
+
+@cache
+def _table(gpu: str) -> dict[str, dict[str, Any]]:
+    file = TABLES / f"{gpu.replace(' ', '-').lower()}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
