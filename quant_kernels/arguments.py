@@ -22,4 +22,4 @@ def expect(
     if not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tensor.stride()}, which are not contiguous. Call .contiguous()")
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, others on {device}. Move one of them")
+        raise ValueError(f"{name} is on {tensor.device}, x on {device}. Move one of them")

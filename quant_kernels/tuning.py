@@ -49,6 +49,15 @@ def tabled(operator: str, device: torch.device, rows: int, columns: int, group_s
 
 
 @cache
+def gpu_of(device: torch.device) -> tuple[bool, int]:
+    """Whether a device is a Hopper GPU, and its number of multiprocessors; a CPU counts as an H100."""
+    if device.type != "cuda":
+        return True, 132
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return hopper, torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
 def _table(gpu: str) -> dict[str, dict[str, Any]]:
     file = TABLES / f"{gpu.replace(' ', '-').lower()}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

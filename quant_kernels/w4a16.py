@@ -17,9 +17,7 @@ multiply-add would have (16 + zero) · scale rounded to 8 bits, by up to 0.05 st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from quant_kernels import library
+from quant_kernels.arguments import FLOATS, expect
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.split_k import sum_splits, workspace
-from quant_kernels.tuning import Config, tabled
+from quant_kernels.tuning import Config, gpu_of, tabled
 from quant_kernels.words import (
     SIGNED_ZERO,
     TILE_WORDS,
@@ -41,8 +40,6 @@ from quant_kernels.words import (
     word_offsets,
     word_shape,
 )
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -201,7 +198,7 @@ def configuration(tokens: int, outputs: int, inputs: int, group_size: int, devic
     found = tabled("w4a16", device, outputs, inputs, group_size, tokens)
     if found is not None:
         return found
-    hopper, processors = _device(device)
+    hopper, processors = gpu_of(device)
     if tokens <= 16:
         config = FEW_GROUPS_OF_32 if group_size == 32 else FEW
     elif tokens <= 64:
@@ -215,19 +212,10 @@ def configuration(tokens: int, outputs: int, inputs: int, group_size: int, devic
     return replace(config, split_k=max(1, min(triton.cdiv(4 * processors, tiles), most)))
 
 
-@cache
-def _device(device: torch.device) -> tuple[bool, int]:
-    """Whether it is a Hopper GPU, and its number of multiprocessors."""
-    if device.type != "cuda":
-        return True, 132
-    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-    return hopper, torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> int:
     """The group size, 0 for all inputs. Raises ValueError."""
-    _expect("x", x, FLOATS if library.INTERPRETED else FLOATS[:2], [None, None], x.device)
-    _expect("scale", scale, FLOATS, [None, None], x.device)
+    expect("x", x, FLOATS if library.INTERPRETED else FLOATS[:2], [None, None], x.device)
+    expect("scale", scale, FLOATS, [None, None], x.device)
     (groups, outputs), inputs = scale.shape, x.shape[1]
     if not groups or not inputs or inputs % groups:
         raise ValueError(f"scale has {groups} groups, which do not divide the {inputs} inputs of x. Pad the weight")
@@ -235,27 +223,12 @@ def _check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: T
     if groups > 1 and group_size not in (32, 64) and group_size % 128:
         raise ValueError(f"scale has groups of {group_size} inputs: 32, 64, multiples of 128 or all {inputs} can be. "
                          "Repeat scales to make groups smaller")  # fmt: skip
-    _expect("words", words, (torch.int16,), word_shape(outputs, inputs), x.device)
+    expect("words", words, (torch.int16,), word_shape(outputs, inputs), x.device)
     if zero is not None:
-        _expect("zero", zero, FLOATS, [groups, outputs], x.device)
+        expect("zero", zero, FLOATS, [groups, outputs], x.device)
     if bias is not None:
-        _expect("bias", bias, FLOATS, [outputs], x.device)
+        expect("bias", bias, FLOATS, [outputs], x.device)
     return group_size if groups > 1 else 0
-
-
-def _expect(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: Sequence[int | None], device: torch.device
-) -> None:
-    """Raise ValueError unless the tensor is one of `dtypes`, of `shape` (None: any length), contiguous, on `device`."""
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}. Call .to()")
-    if tensor.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
-        wanted = ", ".join("any" if length is None else str(length) for length in shape)
-        raise ValueError(f"{name} has shape {[*tensor.shape]}, expected [{wanted}]. Pack the weight again with pack()")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {tensor.stride()}, which are not contiguous. Call .contiguous()")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, x on {device}. Move one of them")
 
 
 library.register(

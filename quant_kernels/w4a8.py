@@ -17,7 +17,6 @@ float32, then to the type of the result, float16, bfloat16 or float32. Triton's 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quant_kernels import library
+from quant_kernels.arguments import FLOATS, expect
 from quant_kernels.byte_planes import BLOCK, GROUP, dequantize_progressive, unpack_bytes
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.split_k import sum_splits, workspace
-from quant_kernels.tuning import Config, tabled
+from quant_kernels.tuning import Config, gpu_of, tabled
 
 MAX_INPUTS = (2**31 - 1) // (15 * 128)
 MAX_INPUTS_GROUPED = (2**31 - 1) // (128 * 128)
 """Beyond these a sum could leave int32."""
-RESULTS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def w4a8_reference(
@@ -174,8 +173,8 @@ def w4a8(
 ) -> Tensor:  # fmt: skip
     """One scale and zero point per channel. Raises ValueError where an argument is not as described above."""
     _check(x, x_scale, weight, scale, bias, dtype, MAX_INPUTS)
-    _expect("x_sum", x_sum, (torch.int32, torch.float32), [x.shape[0]], x.device)
-    _expect("zero_scaled", zero_scaled, (torch.float32,), [weight.shape[0]], x.device)
+    expect("x_sum", x_sum, (torch.int32, torch.float32), [x.shape[0]], x.device)
+    expect("zero_scaled", zero_scaled, (torch.float32,), [weight.shape[0]], x.device)
     return _launch(x, x_scale, x_sum, weight, scale, zero_scaled, None, bias, dtype)
 
 
@@ -184,7 +183,7 @@ def w4a8_grouped(
 ) -> Tensor:
     """Groups of 64 inputs within a scale per channel. Raises ValueError where an argument is not as described above."""
     _check(x, x_scale, weight, scale, bias, dtype, MAX_INPUTS_GROUPED)
-    _expect("groups", groups, (torch.int32,), [triton.cdiv(x.shape[1], BLOCK), weight.shape[0]], x.device)
+    expect("groups", groups, (torch.int32,), [triton.cdiv(x.shape[1], BLOCK), weight.shape[0]], x.device)
     return _launch(x, x_scale, None, weight, scale, None, groups, bias, dtype)
 
 
@@ -235,7 +234,7 @@ def configuration(tokens: int, outputs: int, inputs: int, grouped: bool, device:
     found = tabled("w4a8", device, outputs, inputs, GROUP if grouped else 0, tokens)
     if found is not None:
         return found
-    hopper, processors = _device(device)
+    hopper, processors = gpu_of(device)
     if tokens > 512 and hopper:
         return PREFILL
     config = next((few for few in (FEW, SOME, MORE) if tokens <= few.block_m), MANY)
@@ -247,46 +246,22 @@ def configuration(tokens: int, outputs: int, inputs: int, grouped: bool, device:
     return config
 
 
-@cache
-def _device(device: torch.device) -> tuple[bool, int]:
-    """Whether it is a Hopper GPU, and its number of multiprocessors."""
-    if device.type != "cuda":
-        return True, 132
-    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-    return hopper, torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _check(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, most: int
 ) -> None:
-    _expect("x", x, (torch.int8,), [None, None], x.device)
+    expect("x", x, (torch.int8,), [None, None], x.device)
     tokens, inputs = x.shape
     if not 1 <= inputs <= most:
         raise ValueError(
             f"x has {inputs} inputs: 1 to {most} are possible, beyond which sums overflow. Split the layer"
         )
-    _expect("weight", weight, (torch.uint8,), [None, triton.cdiv(inputs, BLOCK) * GROUP], x.device)
-    _expect("x_scale", x_scale, (torch.float32,), [tokens], x.device)
-    _expect("scale", scale, (torch.float32,), [weight.shape[0]], x.device)
+    expect("weight", weight, (torch.uint8,), [None, triton.cdiv(inputs, BLOCK) * GROUP], x.device)
+    expect("x_scale", x_scale, (torch.float32,), [tokens], x.device)
+    expect("scale", scale, (torch.float32,), [weight.shape[0]], x.device)
     if bias is not None:
-        _expect("bias", bias, RESULTS, [weight.shape[0]], x.device)
-    if dtype not in RESULTS:
-        raise ValueError(f"dtype={dtype}: results are {', '.join(map(str, RESULTS))}")
-
-
-def _expect(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: list[int | None], device: torch.device
-) -> None:
-    """Raise ValueError unless the tensor is one of `dtypes`, of `shape` (None: any length), contiguous, on `device`."""
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tensor.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
-        wanted = ["any" if length is None else length for length in shape]
-        raise ValueError(f"{name} has shape {[*tensor.shape]}, expected {wanted}".replace("'", ""))
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {tensor.stride()}, which are not contiguous. Call .contiguous()")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, x on {device}. Move one of them")
+        expect("bias", bias, FLOATS, [weight.shape[0]], x.device)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype={dtype}: results are {', '.join(map(str, FLOATS))}")
 
 
 def _fake(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """One quantization by netsuke, for compare_llmcompressor.py: the same job, the same answer as its peer's.
 
-What is measured ends where the run begins to verify its files: until then it calibrates, quantizes and writes. It
-begins when the model's code has been imported, as it has for the peer.
+What is measured ends where the run begins to verify its files: until then it reads text, calibrates, quantizes and
+writes. It begins when the code of the model and of its tokenizer has been imported, as it has for the peer, which is
+given its tokens ready-made.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compress.pipeline
+from compress.models.store import load_tokenizer
 
 
 def peak_bytes() -> int:
@@ -28,6 +30,7 @@ job = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 with torch.device("meta"):
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job["model"]))
+load_tokenizer(Path(job["model"]))
 IMPORTS_BYTES = peak_bytes()
 start = time.process_time()
 cost: dict[str, float] = {}

@@ -21,7 +21,7 @@ from torch import Tensor
 from compress.calibrate import FLOAT64_BELOW
 from compress.errors import NumericalError
 
-PANEL = 128
+PANEL = 256
 """Columns per panel of the Gram matrix; only panels on and right of the diagonal are computed."""
 
 

@@ -198,7 +198,7 @@ WRONG = {
     r"weight has shape \[129\], expected \[130\]": {"weight": torch.zeros(129)},
     r"residual has shape \[2, 130\], expected \[3, 130\]": {"residual": torch.zeros(2, 130)},
     r"residual has strides \(1, 3\), which are not contiguous": {"residual": torch.zeros(130, 3).T},
-    "weight is on meta, others on cpu": {"weight": torch.zeros(130, device="meta")},
+    "weight is on meta, x on cpu": {"weight": torch.zeros(130, device="meta")},
     "epsilon=0.0: must be positive": {"epsilon": 0.0},
     "epsilon=1e-50: must be positive": {"epsilon": 1e-50},
 }

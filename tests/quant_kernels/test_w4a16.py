@@ -207,7 +207,7 @@ def test_sums_are_split_when_there_are_too_few_blocks_for_the_gpu() -> None:
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="of the rule of thumb, not of a table")
 @pytest.mark.parametrize("hopper", [False, True])
 def test_what_is_chosen_is_what_is_compiled_ahead_of_time(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4a16, "_device", lambda _: (hopper, 132))
+    monkeypatch.setattr(w4a16, "gpu_of", lambda _: (hopper, 132))
     compiled = {
         (gate.variant.constants["GROUP"], gate.variant.constants["SPLIT"], gate.variant.constants["SWAP"],
          gate.variant.constants["BLOCK_M"], gate.variant.constants["BLOCK_N"], gate.variant.num_warps)
