@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -39,14 +40,16 @@ class Activations:
         self.windows += batch.shape[0]
 
     def read(self, start: int, stop: int) -> Float[Tensor, "batch length width"]:
+        """Windows `start` to `stop`, mapped and not copied: good until the file is written again."""
         stop = min(stop, self.windows)
-        batch = torch.empty(stop - start, self.length, self.width, dtype=self.dtype)
-        with self.path.open("rb") as stream:
-            stream.seek(start * self._window_bytes)
-            count = stream.readinto(batch.view(torch.uint8).numpy().data)
-        if count != batch.nbytes:
-            raise NumericalError(f"{self.path}: holds fewer than {stop} windows; the run's scratch files were changed")
-        return batch
+        size = (stop - start) * self._window_bytes
+        try:
+            mapped = np.memmap(self.path, np.uint8, mode="c", offset=start * self._window_bytes, shape=(size,))
+        except ValueError as error:
+            raise NumericalError(
+                f"{self.path}: holds fewer than {stop} windows; the run's scratch files were changed"
+            ) from error
+        return torch.from_numpy(mapped).view(self.dtype).view(-1, self.length, self.width)
 
     def sync(self) -> None:
         """Make sure the file survives a power cut before anything refers to it."""

@@ -50,8 +50,10 @@ class MomentsObserver:
     def update(self, inputs: Float[Tensor, "*batch in"]) -> None:
         """Add a batch; its last axis is the input channels, all others are tokens."""
         n = len(self._gram)
-        x = inputs.reshape(-1, n).float()
-        if not x.sum().isfinite():
+        x = inputs.reshape(-1, n)
+        suspicious = not x.sum().isfinite()  # if only because a 16-bit sum overflows
+        x = x.float()
+        if suspicious:
             finite = x.isfinite().all(dim=1)
             self._num_dropped += int((~finite).sum())
             x = x[finite]

@@ -9,7 +9,8 @@ weights buys a finer grid for all others.
 
 The search uses that for *fixed codes* the best scale and zero point are a linear regression of w on q:
 
-  1. every candidate range p·[lo, hi] (both signs of a symmetric scale) proposes codes;
+  1. every candidate range p·[lo, hi] (both signs of a symmetric scale) proposes codes, first a coarse list of p, then
+     the neighbours of each group's best;
   2. the regression turns the codes into their best (s, z), whose error follows from the same three sums;
   3. the winner is polished: round to nearest, regress, repeat, as long as the true error drops.
 
@@ -32,8 +33,10 @@ from compress.core.scheme import Grid
 Range = Literal["minmax", "mse", "importance"]
 Params = tuple[Float[Tensor, "out groups"], Int8[Tensor, "out groups"] | None]
 
-SHRINK = tuple(k / 16 for k in range(19, 5, -1))
+COARSE = tuple(k / 16 for k in range(17, 5, -2))
 """The candidate ranges, relative to the one that covers every weight."""
+FINE = (1 / 16, -1 / 16)
+"""From the best of these, the ranges to look at next."""
 POLISHES = 3
 SLICE = 1 << 17
 """Weights per slice of rows."""
@@ -86,20 +89,21 @@ def _search(
     grid: Grid,
     dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-    lo, hi = w.aminmax(dim=-1)
     sums = _Regression(w, root, grid)
+    lo, hi = w.aminmax(dim=-1)
     scale, zero = params_from_range(lo, hi, grid, dtype)
     zero = torch.zeros_like(lo) if zero is None else zero.float()
     best = (sums.error(scale.float(), zero), scale, zero)
 
-    proposal = (torch.full_like(lo, torch.inf), scale.float(), zero)
-    for shrink in SHRINK:
-        candidate, offset = params_from_range(shrink * lo, shrink * hi, grid, torch.float32)
-        if offset is None:
-            proposal = _better(sums.fit(candidate, zero), proposal)
-            proposal = _better(sums.fit(-candidate, zero), proposal)
-        else:
-            proposal = _better(sums.fit(candidate, offset.float()), proposal)
+    # A narrower range has a smaller scale and the same zero point.
+    whole = scale.float()
+    proposal = (torch.full_like(lo, torch.inf), whole, zero, torch.ones_like(lo))
+    for share in (sign * share for share in COARSE for sign in ((1, -1) if grid.symmetric else (1,))):
+        proposal = _better((*sums.fit(share * whole, zero), torch.full_like(lo, share)), proposal)
+    centre = proposal[3]
+    for step in FINE:
+        share = centre + centre.sign() * step
+        proposal = _better((*sums.fit(share * whole, zero), share), proposal)
 
     for _ in range(POLISHES + 1):
         scale, zero = storable(proposal[1], dtype), proposal[2]
@@ -108,14 +112,10 @@ def _search(
     return best[1], best[2]
 
 
-def _better(new: tuple[Tensor, Tensor, Tensor], old: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Element by element, the (error, scale, zero point) of the smaller error."""
+def _better(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Element by element, what belongs to the smaller error, which comes first."""
     wins = new[0] < old[0]
-    return (
-        torch.where(wins, new[0], old[0]),
-        torch.where(wins, new[1], old[1]),
-        torch.where(wins, new[2], old[2]),
-    )
+    return tuple(torch.where(wins, a, b) for a, b in zip(new, old, strict=True))
 
 
 class _Regression:

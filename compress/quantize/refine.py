@@ -51,7 +51,7 @@ def refine(
     error = weight.float().T - (Q * S.unsqueeze(1)).view(columns, rows)
     G = (H @ error).add_(error, alpha=ridge)
 
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
         for g, q in enumerate(Q):
             group = slice(g * len(q), (g + 1) * len(q))
             metric = H[group, group].clone()
@@ -69,7 +69,8 @@ def refine(
                 q[block] += moved
                 change[block] += moved * S[g]
                 distance -= metric[:, block] @ moved
-            G -= H[:, group] @ change
+            unseen = slice(group.stop if sweep == sweeps - 1 else 0, None)  # no later step reads the rest of G
+            G[unseen].addmm_(H[unseen, group], change, alpha=-1)
             G[group] -= ridge * change
     codes = (Q + Z.unsqueeze(1)).view(columns, rows).T.to(torch.int8).contiguous()
     return QuantizedTensor(codes, S.T.to(dtype).contiguous(), tensor.zero_point, grid)
