@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("model", metavar="MODEL")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    generate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     _json_argument(generate)
 
     bench = add("bench", _bench, "measure speed and memory, alone or against a baseline in the same run")
@@ -230,11 +231,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from compress.models.store import local_folder
+    from compress.models.store import device_named, local_folder
     from compress.runtime.generate import generate
     from compress.runtime.load import load
 
-    model, tokenizer = load(local_folder(arguments.model))
+    model, tokenizer = load(local_folder(arguments.model), device=device_named(arguments.device))
     text = generate(model, tokenizer, arguments.prompt, max_new_tokens=arguments.max_new_tokens)
     if arguments.json:
         _print(arguments, {"prompt": arguments.prompt, "text": text}, [])

@@ -18,14 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compress import report as reporting
 from compress.checkpoint.folder import OutputFolder
-from compress.errors import ModelError, OutputError, RequestError
+from compress.errors import ModelError, OutputError
 from compress.job import Job
 from compress.models.headers import read_folder
-from compress.models.store import local_folder
+from compress.models.store import device_named, local_folder
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe, load
 from compress.scoring import Progress
@@ -61,7 +59,7 @@ def run(
     folder.check(resume=resume, overwrite=overwrite)
     if plan.folder.truncated:
         raise ModelError("; ".join(plan.folder.truncated))
-    job = Job.create(plan, folder, _device(device), resume, progress or (lambda *_: None))
+    job = Job.create(plan, folder, device_named(device), resume, progress or (lambda *_: None))
     job.walk()
     job.finish()
     job.verify()
@@ -98,15 +96,3 @@ class Pipeline:
     def run(self, **options: Any) -> dict[str, Any]:
         """`compress.run` with these stages; same options, same report."""
         return run(Recipe(name=self.name, stages=tuple(self.stages)), **options)
-
-
-def _device(choice: str) -> str:
-    """The device to compute on. Raises RequestError where there is no such device here."""
-    if choice == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=choice)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"--device {choice}: cannot be used here ({reason}). Use auto or cpu") from error
-    return choice

@@ -93,22 +93,23 @@ def _search(
     lo, hi = w.aminmax(dim=-1)
     scale, zero = params_from_range(lo, hi, grid, dtype)
     zero = torch.zeros_like(lo) if zero is None else zero.float()
-    best = (sums.error(scale.float(), zero), scale, zero)
+    best: tuple[Tensor, ...] = (sums.error(scale.float(), zero), scale, zero)
 
     # A narrower range has a smaller scale and the same zero point.
     whole = scale.float()
-    proposal = (torch.full_like(lo, torch.inf), whole, zero, torch.ones_like(lo))
+    found: tuple[Tensor, ...] = (torch.full_like(lo, torch.inf), whole, zero, torch.ones_like(lo))
     for share in (sign * share for share in COARSE for sign in ((1, -1) if grid.symmetric else (1,))):
-        proposal = _better((*sums.fit(share * whole, zero), torch.full_like(lo, share)), proposal)
-    centre = proposal[3]
+        found = _better((*sums.fit(share * whole, zero), torch.full_like(lo, share)), found)
+    centre = found[3]
     for step in FINE:
-        share = centre + centre.sign() * step
-        proposal = _better((*sums.fit(share * whole, zero), share), proposal)
+        near = centre + centre.sign() * step
+        found = _better((*sums.fit(near * whole, zero), near), found)
 
+    _, proposed, offset, _ = found
     for _ in range(POLISHES + 1):
-        scale, zero = storable(proposal[1], dtype), proposal[2]
-        best = _better((sums.error(scale.float(), zero), scale, zero), best)
-        proposal = sums.fit(best[1].float(), best[2])
+        scale = storable(proposed, dtype)
+        best = _better((sums.error(scale.float(), offset), scale, offset), best)
+        _, proposed, offset = sums.fit(best[1].float(), best[2])
     return best[1], best[2]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ModelError
+from compress.errors import ModelError, RequestError
 from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader, canonical, read_folder
@@ -265,3 +265,15 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(
             f"{folder}: its tokenizer cannot be loaded: {reason}. Copy it from the original model"
         ) from error
+
+
+def device_named(choice: str) -> str:
+    """The device to compute on. Raises RequestError where there is no such device here."""
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=choice)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"--device {choice}: cannot be used here ({reason}). Use auto or cpu") from error
+    return choice

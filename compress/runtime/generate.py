@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress.errors import DataError, RequestError
+from compress.runtime.decode import Decoder
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 128, **options: Any) -> str:
     """The prompt and its continuation, by greedy search until the end-of-text token or `max_new_tokens`.
 
-    `options` go to transformers' `generate()`, such as `do_sample=True, temperature=0.7`. Raises DataError
-    for a prompt that is empty or leaves no room in the model's context.
+    With `options`, such as `do_sample=True, temperature=0.7`, transformers' `generate()` is called instead, and they
+    go to it. Raises DataError for a prompt that is empty or leaves no room in the model's context.
     """
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
@@ -29,9 +31,22 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 1
             f"the prompt has {num_tokens} tokens; with max_new_tokens={max_new_tokens} that is more than the "
             f"model's context of {context}. Shorten the prompt or ask for fewer new tokens"
         )
-    if tokenizer.pad_token_id is None:
-        options.setdefault("pad_token_id", tokenizer.eos_token_id)
-    options.setdefault("do_sample", False)
-    with torch.inference_mode():
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+    if not options:
+        tokens = _greedy(model, inputs["input_ids"], max_new_tokens)
+    else:
+        if tokenizer.pad_token_id is None:
+            options.setdefault("pad_token_id", tokenizer.eos_token_id)
+        with torch.inference_mode():
+            tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def _greedy(model: Any, prompt: Tensor, max_new_tokens: int) -> Tensor:
+    """Token ids [1, prompt] → the same and what follows, [1, …]."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    decoder = Decoder(model, prompt.shape[1] + max_new_tokens)
+    tokens = [prompt, decoder.prefill(prompt)]
+    while len(tokens) <= max_new_tokens and int(tokens[-1]) not in ends:
+        tokens.append(decoder.step(tokens[-1]))
+    return torch.cat(tokens, dim=1)
