@@ -65,11 +65,11 @@ def _backend(bits: int, device: str) -> dict[str, str]:
 
 
 def _for_prompts(backend: str) -> list[str]:
-    """How a CPU kernel computes for many tokens, where it changes its way."""
-    if backend not in cpu.MAX_TOKENS:
+    """What a CPU kernel multiplies unpacked weights in."""
+    if not backend.startswith("cpu"):
         return []
     dtype = str(cpu.product_dtype()).removeprefix("torch.")
-    return [f"past {cpu.MAX_TOKENS[backend]} tokens unpacked by chunks and multiplied in {dtype}, the faster type here"]
+    return [f"unpacked weights are multiplied in {dtype}, the faster type here"]
 
 
 def kernel_error(grid: Grid, dtype: torch.dtype, device: str) -> float:

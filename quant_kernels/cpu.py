@@ -32,8 +32,8 @@ from quant_kernels.reference import chunks
 INT4_GROUPS = (256, 128, 64, 32)
 INT4_ROWS = 16
 INT8_COLUMNS = 32
-MAX_TOKENS = {"cpu_int4": 48, "cpu_int8": 32}
-"""Up to so many tokens torch's integer product is quicker than unpacking the weight."""
+INT4_MOST_TOKENS, INT8_MOST_TOKENS = 48, 32
+"""Up to so many tokens torch's integer products are quicker than unpacking the weight."""
 PAGE = 4096
 """Bytes of memory that a processor fetches ahead in, and not beyond."""
 PAIRED_ROWS = 512
@@ -106,22 +106,28 @@ def pack_int8(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
 
 def linear_int4(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [tokens, in] → [tokens, out], both bfloat16."""
-    if x.shape[0] > MAX_TOKENS["cpu_int4"]:
-        return _linear_by_chunks(x, packed, bias, _unpack_int4)
     group = packed.in_features // packed.scale.shape[0]
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed.codes, group, packed.scale)
     return y if bias is None else y + bias
 
 
+def linear_int4_by_chunks(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The same for many tokens."""
+    return _linear_by_chunks(x, packed, bias, _unpack_int4)
+
+
 def linear_int8(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [tokens, in] → [tokens, out], both bfloat16."""
-    if x.shape[0] > MAX_TOKENS["cpu_int8"]:
-        return _linear_by_chunks(x, packed, bias, _unpack_int8, packed.scale)
     if x.shape[0] == 1 and _pairs_are_faster(packed):
         y = _linear_by_pairs(x, packed)
     else:
         y = torch.ops.aten._weight_int8pack_mm(x, packed.codes, packed.scale)
     return y if bias is None else y + bias
+
+
+def linear_int8_by_chunks(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The same for many tokens."""
+    return _linear_by_chunks(x, packed, bias, _unpack_int8, packed.scale)
 
 
 def dequantize_int4_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:

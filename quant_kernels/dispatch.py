@@ -1,13 +1,15 @@
 """Which kernel runs which layer: a table, read from the top; the first kernel that has no objection takes it.
 
-To add a kernel, write a file with its contract, objection, packing, launcher and row dequantizer, and add
-its line to `KERNELS` above those it should be preferred to.
+A kernel is a layout of the weight, and one or more routes through it, by the number of tokens: what is quickest for one
+token is seldom so for a prompt. To add a kernel, write a file with its contract, objection, packing, launcher and row
+dequantizer, and add its line to `KERNELS` above those it should be preferred to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -25,33 +27,62 @@ Linear = Callable[[Tensor, Packed, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
+class Route:
+    """How a kernel computes for up to so many tokens."""
+
+    most_tokens: float
+    summary: str
+    linear: Linear
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """One way to compute a quantized linear layer."""
+    """One way to keep a quantized linear layer, and to compute it."""
 
     name: str
     devices: tuple[str, ...]
     """Types of device it runs on; empty: all."""
     dtypes: tuple[torch.dtype, ...]
     """Types of activations it takes; empty: all floats."""
-    summary: str
     objection: Objection
     pack: Pack
-    linear: Linear
     dequantize_rows: DequantizeRows
+    routes: tuple[Route, ...]
+    """For few tokens first; the last takes any number."""
+
+    @property
+    def summary(self) -> str:
+        """All routes in words."""
+        first, *others = self.routes
+        limits = [route.most_tokens for route in self.routes]
+        return "; ".join([first.summary, *(f"past {limit} tokens {route.summary}"
+                                           for limit, route in zip(limits, others, strict=False))])  # fmt: skip
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+        """x [tokens, in] → [tokens, out], by the route for so many tokens."""
+        route = next(route for route in self.routes if len(x) <= route.most_tokens)
+        return route.linear(x, packed, bias)
 
 
 BF16 = (torch.bfloat16,)
 HALF = (torch.float16, torch.bfloat16)
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("gpu_int4", ("cuda",), HALF, "our Triton kernel on 4-bit words",
-           gpu.int4_objection, gpu.pack_int4, gpu.linear_int4, gpu.dequantize_int4_rows),
-    Kernel("cpu_int4", ("cpu",), BF16, "torch's int4 matrix product",
-           cpu.int4_objection, cpu.pack_int4, cpu.linear_int4, cpu.dequantize_int4_rows),
-    Kernel("cpu_int8", ("cpu",), BF16, "torch's int8 matrix product",
-           cpu.int8_objection, cpu.pack_int8, cpu.linear_int8, cpu.dequantize_int8_rows),
-    Kernel("reference", (), (), "dequantizes a chunk of rows at a time, then torch's matrix product",
-           reference.objection, reference.pack, reference.linear_reference, reference.dequantize_rows),
+    Kernel("gpu_int4", ("cuda",), HALF, gpu.int4_objection, gpu.pack_int4, gpu.dequantize_int4_rows, (
+        Route(gpu.MOST_TOKENS, "our Triton kernel on 4-bit words", gpu.linear_int4),
+        Route(inf, "dequantized once, then torch's matrix product", gpu.linear_int4_dense),
+    )),
+    Kernel("cpu_int4", ("cpu",), BF16, cpu.int4_objection, cpu.pack_int4, cpu.dequantize_int4_rows, (
+        Route(cpu.INT4_MOST_TOKENS, "torch's int4 matrix product", cpu.linear_int4),
+        Route(inf, "unpacked by chunks, then torch's matrix product", cpu.linear_int4_by_chunks),
+    )),
+    Kernel("cpu_int8", ("cpu",), BF16, cpu.int8_objection, cpu.pack_int8, cpu.dequantize_int8_rows, (
+        Route(cpu.INT8_MOST_TOKENS, "torch's int8 matrix product", cpu.linear_int8),
+        Route(inf, "unpacked by chunks, then torch's matrix product", cpu.linear_int8_by_chunks),
+    )),
+    Kernel("reference", (), (), reference.objection, reference.pack, reference.dequantize_rows, (
+        Route(inf, "dequantizes a chunk of rows at a time, then torch's matrix product", reference.linear_reference),
+    )),
 )  # fmt: skip
 
 

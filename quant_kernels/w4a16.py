@@ -63,7 +63,7 @@ def w4a16_reference(
 
 
 @triton.jit
-def _dequantize(plane, s, z, DTYPE: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
+def dequantize_plane(plane, s, z, DTYPE: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
     """plane, code + OFFSET [outputs, 32] → code - zero, times the scale if `SCALE`. s, z: float32 [outputs]."""
     if ZERO:
         whole = tl.floor(z + 0.5)
@@ -135,7 +135,7 @@ def _w4a16_kernel(  # type: ignore[no-untyped-def]
             else:
                 a = tl.load(x_at + start, mask=column < K - start, other=0).to(DTYPE)
             if SWAP:
-                weight = _dequantize(planes[plane], s, z, DTYPE, OFFSET, GROUP > 0, ZERO)
+                weight = dequantize_plane(planes[plane], s, z, DTYPE, OFFSET, GROUP > 0, ZERO)
                 total = tl.dot(weight, a.T, total)
             else:
                 products = tl.dot(a, planes[plane].T, products)
@@ -215,19 +215,25 @@ def configuration(tokens: int, outputs: int, inputs: int, group_size: int, devic
 def _check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> int:
     """The group size, 0 for all inputs. Raises ValueError."""
     expect("x", x, FLOATS if library.INTERPRETED else FLOATS[:2], [None, None], x.device)
-    expect("scale", scale, FLOATS, [None, None], x.device)
-    (groups, outputs), inputs = scale.shape, x.shape[1]
+    group_size = check_weight(words, scale, zero, x.shape[1], x.device)
+    if bias is not None:
+        expect("bias", bias, FLOATS, [scale.shape[1]], x.device)
+    return group_size
+
+
+def check_weight(words: Tensor, scale: Tensor, zero: Tensor | None, inputs: int, device: torch.device) -> int:
+    """The group size of a weight, 0 for all inputs. Raises ValueError."""
+    expect("scale", scale, FLOATS, [None, None], device)
+    groups, outputs = scale.shape
     if not groups or not inputs or inputs % groups:
         raise ValueError(f"scale has {groups} groups, which do not divide the {inputs} inputs of x. Pad the weight")
     group_size = inputs // groups
     if groups > 1 and group_size not in (32, 64) and group_size % 128:
         raise ValueError(f"scale has groups of {group_size} inputs: 32, 64, multiples of 128 or all {inputs} can be. "
                          "Repeat scales to make groups smaller")  # fmt: skip
-    expect("words", words, (torch.int16,), word_shape(outputs, inputs), x.device)
+    expect("words", words, (torch.int16,), word_shape(outputs, inputs), device)
     if zero is not None:
-        expect("zero", zero, FLOATS, [groups, outputs], x.device)
-    if bias is not None:
-        expect("bias", bias, FLOATS, [outputs], x.device)
+        expect("zero", zero, FLOATS, [groups, outputs], device)
     return group_size if groups > 1 else 0
 
 

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from quant_kernels import cpu, reference
+from quant_kernels.dispatch import KERNELS
 from quant_kernels.layout import LinearSpec
 
 pytestmark = pytest.mark.skipif(
     cpu.instruction_set() not in cpu.BLOCK_ROWS, reason=f"no kernels for {cpu.instruction_set()}"
 )
+LINEAR = {kernel.name: kernel.linear for kernel in KERNELS}
 BF16_TOLERANCE = 3 * 2**-9
 """Relative error of three roundings to 8 bits: the weight or its zero, the product, its sum with the bias."""
 
@@ -43,7 +45,7 @@ def relative_error(y: Tensor, exact: Tensor) -> float:
     ("rows", "columns", "groups"),
     [(16, 32, 1), (80, 64, 2), (64, 256, 2), (112, 256, 1), (48, 192, 2), (128, 1024, 1), (144, 512, 1)],
 )
-@pytest.mark.parametrize("tokens", [1, 5, cpu.MAX_TOKENS["cpu_int4"] + 1])
+@pytest.mark.parametrize("tokens", [1, 5, cpu.INT4_MOST_TOKENS + 1])
 def test_int4_agrees_with_the_reference(
     rows: int, columns: int, groups: int, bits: int, symmetric: bool, tokens: int
 ) -> None:
@@ -51,7 +53,7 @@ def test_int4_agrees_with_the_reference(
     x = activations(tokens, columns)
     bias = activations(1, rows)[0]
     exact = reference.linear_reference(x.float(), reference.pack(*weight, bits), bias.float())
-    assert relative_error(cpu.linear_int4(x, cpu.pack_int4(*weight, bits), bias), exact) < BF16_TOLERANCE
+    assert relative_error(LINEAR["cpu_int4"](x, cpu.pack_int4(*weight, bits), bias), exact) < BF16_TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -66,7 +68,7 @@ def test_many_tokens_are_right_in_whichever_type_is_faster_here(
     exact = (
         x.double() @ reference.dequantize_rows(reference.pack(*weight, bits), 0, 208, torch.float64).T + bias.double()
     )
-    pack, linear = (cpu.pack_int4, cpu.linear_int4) if bits == 4 else (cpu.pack_int8, cpu.linear_int8)
+    pack, linear = (cpu.pack_int4, LINEAR["cpu_int4"]) if bits == 4 else (cpu.pack_int8, LINEAR["cpu_int8"])
     error = relative_error(linear(x, pack(*weight, bits), bias), exact)
     assert error < (BF16_TOLERANCE if dtype == torch.bfloat16 else 2**-8)
 
@@ -83,7 +85,7 @@ def test_rows_taken_in_pairs_give_the_same_product(rows: int, columns: int) -> N
     assert cpu._pairs_are_faster(packed)
     x = activations(1, columns)
     exact = reference.linear_reference(x.float(), reference.pack(codes, scale, None, 8))
-    assert relative_error(cpu.linear_int8(x, packed), exact) < BF16_TOLERANCE
+    assert relative_error(LINEAR["cpu_int8"](x, packed), exact) < BF16_TOLERANCE
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(513, 2048), (64, 2048), (512, 1024), (512, 4096)])
@@ -119,13 +121,13 @@ def test_int4_rows_are_found_at_any_chunk_boundary() -> None:
 
 @pytest.mark.parametrize("bits", [5, 6, 7, 8])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 32), (3, 64), (17, 96), (33, 32), (64, 256)])
-@pytest.mark.parametrize("tokens", [1, 3, 5, cpu.MAX_TOKENS["cpu_int8"] + 1])
+@pytest.mark.parametrize("tokens", [1, 3, 5, cpu.INT8_MOST_TOKENS + 1])
 def test_int8_agrees_with_the_reference(rows: int, columns: int, bits: int, tokens: int) -> None:
     codes, scale, _ = random_weight(rows, columns, 1, bits, symmetric=True)
     x = activations(tokens, columns)
     bias = activations(1, rows)[0]
     exact = reference.linear_reference(x.float(), reference.pack(codes, scale, None, bits), bias.float())
-    y = cpu.linear_int8(x, cpu.pack_int8(codes, scale, None, bits), bias)
+    y = LINEAR["cpu_int8"](x, cpu.pack_int8(codes, scale, None, bits), bias)
     assert relative_error(y, exact) < BF16_TOLERANCE
 
 
