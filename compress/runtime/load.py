@@ -20,7 +20,7 @@ from compress.core.qtensor import QuantizedTensor
 from compress.errors import ModelError
 from compress.models.headers import Folder, read_folder
 from compress.models.store import DTYPES, LazyModel, load_tokenizer, local_folder
-from compress.runtime.modules import QuantLinear, SharedInput
+from compress.runtime.modules import QuantLinear, put_in_place
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -82,11 +82,7 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
             dtype=dtype,
             device=device,
         )
-        parts = (
-            [layer] if len(names) == 1 else SharedInput(layer, [modules[name].out_features for name in names]).parts()
-        )
-        for name, part in zip(names, parts, strict=True):
-            model.set_submodule(name, part)
+        put_in_place(model, names, layer)
     for name, _ in model.named_children():
         lazy.materialise(name)
     _tie(lazy)

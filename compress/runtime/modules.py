@@ -127,3 +127,13 @@ class SharedLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] this layer computes with."""
         return self.shared.linear.dequantize(dtype).split(self.shared.sizes)[self.index]
+
+
+def put_in_place(model: nn.Module, names: Sequence[str], layer: QuantLinear) -> None:
+    """Let `layer` do the work of the linear layers `names`, which read the same input; its rows are theirs in turn."""
+    if len(names) == 1:
+        model.set_submodule(names[0], layer)
+        return
+    sizes = [int(model.get_submodule(name).out_features) for name in names]
+    for name, part in zip(names, SharedInput(layer, sizes).parts(), strict=True):
+        model.set_submodule(name, part)

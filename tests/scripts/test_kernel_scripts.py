@@ -228,6 +228,20 @@ def test_a_small_layer_is_tuned_on_the_device(operator: str) -> None:
     assert list(found) == [tune_kernels.key(operator, layer, 16)]
 
 
+def test_a_random_model_is_timed_beside_bfloat16_in_the_same_run(tmp_path: Path) -> None:
+    sizes = {"blocks": 1, "hidden": 128, "ffn": 256, "heads": 4, "kv-heads": 2, "vocabulary": 64, "batch": 2,
+             "prompt-tokens": 4, "tokens": 3, "repetitions": 1}  # fmt: skip
+    arguments = [f"--{name}={value}" for name, value in sizes.items()]
+    done = run("bench_decode.py", "--device=cpu", f"--results={tmp_path}", *arguments)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "cpu-decode.json").read_text())
+    assert [row["scheme"] for row in report["results"]] == ["w4a16", "w8a16"]
+    for row in report["results"]:
+        assert row["tokens_per_second"] > 0
+        assert row["ratio_to_bfloat16"] > 0
+        assert row["scheme"] in done.stdout
+
+
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
     return subprocess.run(command, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True)
