@@ -4,10 +4,12 @@
     scripts/bench_kernels.py                                        everything, into quant_kernels/results/<gpu>.json
     scripts/bench_kernels.py --layers "8B o" --tokens 1 16          less
     scripts/bench_kernels.py --render quant_kernels/results/x.json  a run's tables, in Markdown; needs no GPU
+    scripts/bench_kernels.py --publish quant_kernels/results/x.json put them into the README, with a picture
 
-First come the operators' own tests on the device; if one fails no time is taken. Every kernel runs on random data in
-replays of a CUDA graph that walks through 200 MB of weights before it meets one again; the median is reported. What is
-not installed is left out; what another project's kernel cannot do is said in its place.
+First come the operators' own tests on the device; if one fails no time is taken. Then the device's own limits, by
+copying and by large products. Every kernel runs on random data in replays of a CUDA graph that walks through 200 MB of
+weights before it meets one again; the median is reported. What is not installed is left out; what another project's
+kernel cannot do is said in its place.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_plot import svg
 from kernel_rivals import RIVALS
 from kernel_timing import (
     LAYERS,
@@ -32,7 +36,7 @@ from kernel_timing import (
     Kernel,
     Layer,
     cold_copies,
-    device_limits,
+    measured_limits,
     median_seconds,
     missing_device,
     roofline_seconds,
@@ -40,11 +44,11 @@ from kernel_timing import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "quant_kernels" / "README.md"
+BEGIN, END = "<!-- bench_kernels -->", "<!-- /bench_kernels -->"
 TOKENS = (1, 4, 16, 32, 64, 128, 1024, 4096)
 BASELINE = "cuBLAS bf16"
 PACKAGES = ("torch", "triton", "gemlite", "conch-triton-kernels", "torchao", "bitsandbytes")
-UNKNOWN = Device(4.8e12, {"bf16": 1e15, "8-bit": 2e15})
-"""Fast enough to choose how often to repeat, where a GPU's limits are not known; never reported."""
 OTHERS_FAIL_WITH = (
     RuntimeError, ValueError, TypeError, AssertionError, AttributeError, ImportError, KeyError, NotImplementedError,
 )  # fmt: skip
@@ -58,10 +62,14 @@ def main() -> int:
     parser.add_argument("--replays", type=positive, default=50, help="of which the median is taken")
     parser.add_argument("--results", type=Path, default=ROOT / "quant_kernels" / "results", help="folder")
     parser.add_argument("--render", type=Path, metavar="FILE", help="only print the tables of an earlier run")
+    parser.add_argument("--publish", type=Path, metavar="FILE", help="only put an earlier run into the README")
     options = parser.parse_args()
 
     if options.render:
         print(render(json.loads(options.render.read_text(encoding="utf-8"))))
+        return 0
+    if options.publish:
+        publish(options.publish, README)
         return 0
     if error := missing_device():
         say(error)
@@ -75,8 +83,9 @@ def main() -> int:
     if not tests_pass([kernel.name for kernel in kernels if kernel.name in OURS]):
         say("error: the kernels' own tests fail on this device, so nothing was timed.")
         return 1
-    report = facts(options.replays)
-    report["results"] = measure(kernels, {name: LAYERS[name] for name in options.layers}, options)
+    report, limits = facts(options.replays), measured_limits(options.replays)
+    report["limits"] = asdict(limits)
+    report["results"] = measure(kernels, {name: LAYERS[name] for name in options.layers}, limits, options)
     options.results.mkdir(parents=True, exist_ok=True)
     file = options.results / f"{report['device'].replace(' ', '-').lower()}.json"
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -138,9 +147,10 @@ def commit() -> str:
     return found[0] + "+" * bool(found[1])
 
 
-def measure(kernels: list[Kernel], layers: dict[str, Layer], options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(
+    kernels: list[Kernel], layers: dict[str, Layer], limits: Device, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """A row for each layer, kernel and number of tokens."""
-    limits = device_limits(torch.cuda.get_device_name())
     rows: list[dict[str, Any]] = []
     for name, layer in layers.items():
         say(f"== {name}")
@@ -158,7 +168,7 @@ def measure(kernels: list[Kernel], layers: dict[str, Layer], options: argparse.N
 
 
 def timed(
-    kernel: Kernel, layer: Layer, known: dict[str, Any], limits: Device | None, options: argparse.Namespace
+    kernel: Kernel, layer: Layer, known: dict[str, Any], limits: Device, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """A row for each number of tokens."""
     nbytes = layer.outputs * layer.inputs * SCHEMES[kernel.scheme].bytes_per_weight
@@ -168,17 +178,15 @@ def timed(
         if tokens < kernel.least_tokens:
             continue
         x = kernel.activations(tokens, layer.inputs, "cuda")
-        least = roofline_seconds(kernel.scheme, layer, tokens, limits or UNKNOWN)
+        least = roofline_seconds(kernel.scheme, layer, tokens, limits)
 
         def call(weights: Any, x: Any = x) -> object:
             return kernel.run(weights, x)
 
         with torch.inference_mode():
             seconds = median_seconds(call, copies, least, options.replays)
-        row = known | {"tokens": tokens, "microseconds": round(seconds * 1e6, 2)}
-        if limits is not None:
-            row["of_roofline"] = round(least / seconds, 4)
-        rows.append(row)
+        times = {"microseconds": round(seconds * 1e6, 2), "of_roofline": round(least / seconds, 4)}
+        rows.append(known | {"tokens": tokens} | times)
     return rows
 
 
@@ -216,6 +224,16 @@ def render(report: dict[str, Any]) -> str:
             lines.append(f"| {kernel} | {' | '.join(cells)} |")
     notes = [f"{kernel.name}: {kernel.note}." for kernel in (OURS | RIVALS).values() if kernel.note]
     return "\n".join([*lines, "", *notes])
+
+
+def publish(file: Path, readme: Path) -> None:
+    """Puts a run's tables between the two marks of a README, and a picture of it beside its file."""
+    report = json.loads(file.read_text(encoding="utf-8"))
+    picture = file.with_suffix(".svg")
+    picture.write_text(svg(report, OURS), encoding="utf-8")
+    link = f"![Share of the roofline](results/{picture.name})"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN, 1)
+    readme.write_text(f"{before}{BEGIN}\n{link}\n\n{render(report)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 def cell(row: dict[str, Any] | None) -> str:

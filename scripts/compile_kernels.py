@@ -19,7 +19,19 @@ from concurrent.futures import ProcessPoolExecutor
 
 from quant_kernels.gate import Gate, compile_nvidia, problems
 
-OPERATORS = ("w4a16", "dequantize_words", "w4a8", "token_quant", "norm_quant", "silu_mul_quant", "w8a8", "fp8", "fp8_quant", "fp4")
+OPERATORS = (
+    "w4a16",
+    "dequantize_words",
+    "w8a16",
+    "w4a8",
+    "token_quant",
+    "norm_quant",
+    "silu_mul_quant",
+    "w8a8",
+    "fp8",
+    "fp8_quant",
+    "fp4",
+)
 
 
 def gates(operator: str) -> tuple[Gate, ...]:

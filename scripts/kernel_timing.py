@@ -72,13 +72,18 @@ class Device:
     operations_per_second: dict[str, float]
 
 
-DEVICES = {"H200": Device(4.3e12, {"bf16": 790e12, "8-bit": 1400e12})}
-"""Part of a GPU's name → its limits: measured by copying and by large products, but for 8 bits, which is assumed."""
-
-
-def device_limits(name: str) -> Device | None:
-    """Of the GPU with this name, where they are known."""
-    return next((limits for part, limits in DEVICES.items() if part in name), None)
+def measured_limits(replays: int) -> Device:
+    """Of the GPU here: by copying a gibibyte, and by large products in its libraries."""
+    size = 8192
+    source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    dense = torch.randn(size, size, device="cuda").to(torch.bfloat16)
+    codes = random_bytes((size, size), torch.int8, "cuda")
+    products = {"bf16": lambda _: dense @ dense.T, "8-bit": lambda _: torch._int_mm(codes, codes.T)}
+    return Device(
+        2 * source.nbytes / median_seconds(lambda _: target.copy_(source), [None], 1e-4, replays),
+        {name: 2 * size**3 / median_seconds(call, [None], 1e-3, replays) for name, call in products.items()},
+    )
 
 
 def roofline_seconds(scheme: str, layer: Layer, tokens: int, device: Device) -> float:
