@@ -14,7 +14,7 @@ import torch
 
 import quant_kernels
 from compress.core.scheme import WEIGHT_BITS, Grid
-from quant_kernels import cpu, reference
+from quant_kernels import cpu, native, reference
 
 TYPICAL = 4096
 """Rows and columns of the layer for which a backend is chosen."""
@@ -65,11 +65,14 @@ def _backend(bits: int, device: str) -> dict[str, str]:
 
 
 def _for_prompts(backend: str) -> list[str]:
-    """What a CPU kernel multiplies unpacked weights in."""
+    """How a CPU kernel unpacks weights, and what it multiplies them in."""
     if not backend.startswith("cpu"):
         return []
     dtype = str(cpu.product_dtype()).removeprefix("torch.")
-    return [f"unpacked weights are multiplied in {dtype}, the faster type here"]
+    words = [f"unpacked weights are multiplied in {dtype}, the faster type here"]
+    if backend == "cpu_int4" and native.unpacker() is None:
+        words.append("without a C compiler they are unpacked by torch, which takes several times as long")
+    return words
 
 
 def kernel_error(grid: Grid, dtype: torch.dtype, device: str) -> float:

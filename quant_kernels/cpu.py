@@ -14,7 +14,7 @@ Both want bfloat16 activations (for others they run scalar loops, slower than th
 scales to bfloat16. Both serve few tokens best: they unpack the weight anew for every few rows of x. Past a
 token count that was measured (README.md) the same bytes are unpacked once, a chunk of rows at a time into a
 buffer that stays in the cache, and multiplied by torch's own product, in whichever of bfloat16 and float32
-this processor is faster at.
+this processor is faster at. Unpacking int4 is a loop in C where a C compiler is at hand (`native.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quant_kernels import native
 from quant_kernels.layout import LinearSpec, Packed
 from quant_kernels.reference import chunks
 
@@ -34,6 +35,8 @@ INT4_ROWS = 16
 INT8_COLUMNS = 32
 INT4_MOST_TOKENS, INT8_MOST_TOKENS = 48, 32
 """Up to so many tokens torch's integer products are quicker than unpacking the weight."""
+CHUNK_WEIGHTS = 1 << 20
+"""Weights that are unpacked at a time, for each thread."""
 PAGE = 4096
 """Bytes of memory that a processor fetches ahead in, and not beyond."""
 PAIRED_ROWS = 512
@@ -46,7 +49,7 @@ FLOAT32_FASTER = 1.25
 """How much faster float32 must be before it takes the place of bfloat16 in a matrix product."""
 
 Unpack = Callable[[Packed, int, int, Tensor], Tensor]
-"""(packed, first row, last row + 1, float32 buffer) → those rows, transposed to [in, rows], in the buffer."""
+"""(packed, first row, last row + 1, buffer) → those rows, transposed to [in, rows], in the buffer and its type."""
 
 
 def instruction_set() -> str:
@@ -187,13 +190,12 @@ def _linear_by_chunks(
     x: Tensor, packed: Packed, bias: Tensor | None, unpack: Unpack, scale: Tensor | None = None
 ) -> Tensor:
     """x [tokens, in] → [tokens, out]; `scale` [out] is for what `unpack` leaves unscaled."""
-    dtype = product_dtype()
-    inputs = x.to(dtype)
+    inputs = x.to(product_dtype())
     y = x.new_empty(x.shape[0], packed.out_features)
-    rows = chunks(packed)
-    buffer = torch.empty(rows[0][1] * packed.in_features)
+    rows = chunks(packed, CHUNK_WEIGHTS * torch.get_num_threads())
+    buffer = inputs.new_empty(rows[0][1] * packed.in_features)
     for start, stop in rows:
-        part = inputs @ unpack(packed, start, stop, buffer).to(dtype)
+        part = inputs @ unpack(packed, start, stop, buffer)
         if scale is not None:
             part.mul_(scale[start:stop])
         y[:, start:stop] = part if bias is None else part.add_(bias[start:stop])
@@ -207,25 +209,36 @@ def _unpack_int8(packed: Packed, start: int, stop: int, buffer: Tensor) -> Tenso
 
 
 def _unpack_int4(packed: Packed, start: int, stop: int, buffer: Tensor) -> Tensor:
-    """The inverse of `_convert_weight_to_int4pack_for_cpu` for some rows, and their scales and zeros applied.
+    """The inverse of `_convert_weight_to_int4pack_for_cpu` for some rows, and their scales and zeros applied."""
+    out = buffer[: packed.in_features * (stop - start)].view(packed.in_features, stop - start)
+    scale, zero = packed.scale[:, start:stop].permute(2, 0, 1).to(torch.float32).contiguous()
+    zero -= 8 * scale
+    whole = instruction_set() == "AVX512" and (stop - start) % native.BLOCK_ROWS == 0
+    if whole and out.dtype == torch.bfloat16 and (unpack := native.unpacker()):
+        unpack(packed.codes[start:stop], scale, zero, out)
+        return out
+    return out.copy_(_unpack_int4_by_torch(packed.codes[start:stop], scale, zero))
+
+
+def _unpack_int4_by_torch(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The same for codes [rows, in / 2] and float32 [groups, rows], in float32.
 
     A block of 64 rows (with AVX2: 32) is stored column by column, half as many bytes each: byte i holds row i in its
     low nibble and row i + 32 (with AVX2: i + 16) in its high one. In a last, smaller block, byte i holds rows 2i and
     2i + 1.
     """
-    columns, block = packed.in_features, BLOCK_ROWS[instruction_set()]
-    whole = (stop - start) // block * block
-    stored = packed.codes[start:stop].view(-1)
-    weight = buffer[: columns * (stop - start)].view(columns, stop - start)
+    rows, columns, block = len(codes), 2 * codes.shape[1], BLOCK_ROWS[instruction_set()]
+    whole = rows // block * block
+    stored = codes.view(-1)
+    weight = scale.new_empty(columns, rows)
     halves = stored[: whole * columns // 2].view(-1, columns, block // 2).transpose(0, 1)
     unpacked = weight[:, :whole].view(columns, -1, 2, block // 2)
     unpacked[:, :, 0], unpacked[:, :, 1] = halves & 15, halves >> 4
-    if whole < stop - start:
+    if whole < rows:
         pairs = stored[whole * columns // 2 :].view(columns, -1)
         weight[:, whole::2], weight[:, whole + 1 :: 2] = pairs & 15, pairs >> 4
-    scale, zero = packed.scale[:, None, start:stop].permute(3, 0, 1, 2).to(torch.float32).contiguous()
-    grouped = weight.view(len(scale), -1, stop - start)
-    torch.addcmul(zero - 8 * scale, grouped, scale, out=grouped)
+    grouped = weight.view(len(scale), -1, rows)
+    torch.addcmul(zero.unsqueeze(1), grouped, scale.unsqueeze(1), out=grouped)
     return weight
 
 

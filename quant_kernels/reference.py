@@ -65,7 +65,7 @@ def linear_by_rows(x: Tensor, packed: Packed, bias: Tensor | None, rows_of: Dequ
     return y
 
 
-def chunks(packed: Packed) -> list[tuple[int, int]]:
-    """First and last row + 1 of each chunk."""
-    step = max(1, CHUNK_WEIGHTS // (packed.in_features * ROWS)) * ROWS
+def chunks(packed: Packed, weights: int | None = None) -> list[tuple[int, int]]:
+    """First and last row + 1 of each chunk of about so many weights."""
+    step = max(1, (weights or CHUNK_WEIGHTS) // (packed.in_features * ROWS)) * ROWS
     return [(start, min(start + step, packed.out_features)) for start in range(0, packed.out_features, step)]
