@@ -72,6 +72,9 @@ KERNELS: tuple[Kernel, ...] = (
         Route(gpu.MOST_TOKENS, "our Triton kernel on 4-bit words", gpu.linear_int4),
         Route(inf, "dequantized once, then torch's matrix product", gpu.linear_int4_dense),
     )),
+    Kernel("gpu_int8", ("cuda",), HALF, gpu.int8_objection, gpu.pack_int8, gpu.dequantize_int8_rows, (
+        Route(inf, "our Triton kernel on 8-bit weights", gpu.linear_int8),
+    )),
     Kernel("cpu_int4", ("cpu",), BF16, cpu.int4_objection, cpu.pack_int4, cpu.dequantize_int4_rows, (
         Route(cpu.INT4_MOST_TOKENS, "torch's int4 matrix product", cpu.linear_int4),
         Route(inf, "unpacked by chunks, then torch's matrix product", cpu.linear_int4_by_chunks),

@@ -1,7 +1,8 @@
 """Quantized linear layers on a GPU, with this package's own Triton kernels.
 
-`gpu_int4`, codes of 2 to 4 bits: the operator of `w4a16`. Groups of 32 or 64 columns, of a multiple of 128, or one
-scale per row, symmetric or with zero points, any number of rows, float16 or bfloat16 activations.
+`gpu_int4`, codes of 2 to 4 bits: the operator of `w4a16`. `gpu_int8`, codes of 5 to 8 bits: that of `w8a16`. Both take
+groups of 32 or 64 columns, of a multiple of 128, or one scale per row, symmetric or with zero points, any number of
+rows, float16 or bfloat16 activations.
 
 Triton is imported when a layer is first packed: a machine without a GPU needs no Triton.
 """
@@ -27,10 +28,14 @@ def int4_objection(spec: LinearSpec) -> str | None:
     """Why `gpu_int4` cannot run this layer; None where it can."""
     if spec.bits > 4:
         return f"holds codes of up to 4 bits, not {spec.bits}"
-    group = spec.columns_per_scale
-    if group not in (32, 64, spec.in_features) and group % 128:
-        return f"needs groups of 32, 64 or a multiple of 128 columns, or one scale per row, not {group}"
-    return _machine_objection()
+    return _group_objection(spec) or _machine_objection()
+
+
+def int8_objection(spec: LinearSpec) -> str | None:
+    """Why `gpu_int8` cannot run this layer; None where it can."""
+    if spec.bits <= 4:
+        return f"would spend a byte on each code of {spec.bits} bits"
+    return _group_objection(spec) or _machine_objection()
 
 
 def pack_int4(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Packed:
@@ -42,11 +47,27 @@ def pack_int4(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
     return Packed("gpu_int4", bits, rows, columns, words, scales, zeros)
 
 
+def pack_int8(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Packed:
+    """codes: int8 as `w8a16.pack` lays them out; scale, zero_point: [groups, out]."""
+    from quant_kernels import w8a16
+
+    weight, scales, zeros = w8a16.pack(codes, scale, zero_point)
+    rows, columns = codes.shape
+    return Packed("gpu_int8", bits, rows, columns, weight, scales, zeros)
+
+
 def linear_int4(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [tokens, in] → [tokens, out], both float16 or both bfloat16."""
     from quant_kernels import w4a16  # noqa: F401  (registers the operator)
 
     return torch.ops.netsuke.w4a16(x, packed.codes, packed.scale, packed.zero_point, bias)
+
+
+def linear_int8(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """x [tokens, in] → [tokens, out], both float16 or both bfloat16."""
+    from quant_kernels import w8a16  # noqa: F401
+
+    return torch.ops.netsuke.w8a16(x, packed.codes, packed.scale, packed.zero_point, bias)
 
 
 def linear_int4_dense(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -60,18 +81,37 @@ def linear_int4_dense(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
 
 
 def dequantize_int4_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows `start` to `stop` of the weight."""
+    """Rows `start` to `stop` of the weight, the first a multiple of 64."""
     from quant_kernels.words import SIGNED_ZERO, TILE_ROWS, unpack_words
 
     words = packed.codes[start // TILE_ROWS : -(-stop // TILE_ROWS)]
-    codes = unpack_words(words, stop - start, packed.in_features).to(torch.float32)
-    grouped = codes.view(stop - start, packed.scale.shape[0], -1)
+    codes = unpack_words(words, stop - start, packed.in_features)
+    return _scaled(codes, packed, SIGNED_ZERO, start, stop, dtype)
+
+
+def dequantize_int8_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows `start` to `stop` of the weight."""
+    from quant_kernels.w8a16 import unpack
+
+    return _scaled(unpack(packed.codes[start:stop], packed.in_features), packed, 0, start, stop, dtype)
+
+
+def _scaled(codes: Tensor, packed: Packed, middle: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Codes of some rows, less their zero points, or `middle` where there are none, times their scales."""
+    grouped = codes.to(torch.float32).view(stop - start, packed.scale.shape[0], -1)
     if packed.zero_point is None:
-        grouped -= SIGNED_ZERO
+        grouped -= middle
     else:
         grouped -= packed.zero_point[:, start:stop].T.to(torch.float32).unsqueeze(-1)
     scale = packed.scale[:, start:stop].T.to(torch.float32)
     return grouped.mul_(scale.unsqueeze(-1)).view(stop - start, -1).to(dtype)
+
+
+def _group_objection(spec: LinearSpec) -> str | None:
+    group = spec.columns_per_scale
+    if group in (32, 64, spec.in_features) or group % 128 == 0:
+        return None
+    return f"needs groups of 32, 64 or a multiple of 128 columns, or one scale per row, not {group}"
 
 
 def _machine_objection() -> str | None:

@@ -8,60 +8,77 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from quant_kernels import choose, gpu, linear, pack, reference
+from quant_kernels import Packed, choose, gpu, linear, pack, reference
+from quant_kernels.dispatch import KERNELS
 from quant_kernels.library import INTERPRETED
 
+KERNEL = {kernel.name: kernel for kernel in KERNELS if kernel.devices == ("cuda",)}
+BITS = {"gpu_int4": 4, "gpu_int8": 8}
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs on the GPU itself here, in the tests marked gpu")
+both = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+every = pytest.mark.parametrize("name", BITS)
 
 
-def weight(rows: int, columns: int, group_size: int | None, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def weight(
+    name: str, rows: int, columns: int, group_size: int | None, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
     generator = torch.Generator().manual_seed(rows + columns)
-    groups = columns // (group_size or columns)
-    codes = torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
-    scale = (torch.rand(rows, groups, generator=generator) - 0.5).to(torch.float16)
-    zero_point = torch.randint(-8, 8, (rows, groups), generator=generator, dtype=torch.int8)
-    return codes, scale, None if symmetric else zero_point
+    groups, limit = columns // (group_size or columns), 1 << (BITS[name] - 1)
+    codes = torch.randint(-limit, limit, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = (torch.rand(rows, groups, generator=generator) - 0.5).to(torch.float16) / limit
+    zero_point = torch.randint(-limit, limit, (rows, groups), generator=generator, dtype=torch.int8)
+    return codes, scale, None if symmetric else zero_point, BITS[name]
+
+
+def error(y: Tensor, x: Tensor, plain: Packed, bias: Tensor | None = None) -> float:
+    exact = reference.linear_reference(x.double(), plain, None if bias is None else bias.double())
+    return float((y.cpu().double() - exact).norm() / exact.norm())
+
+
+def test_every_kernel_of_the_table_is_tested_here() -> None:
+    assert KERNEL.keys() == BITS.keys()
 
 
 @interpreted
+@every
+@both
 @pytest.mark.parametrize(("rows", "columns", "group_size"), [(70, 256, 128), (64, 96, 32), (3, 100, None)])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_a_layer_computes_what_the_reference_computes(
-    rows: int, columns: int, group_size: int | None, symmetric: bool
+def test_every_route_computes_what_the_reference_computes(
+    name: str, rows: int, columns: int, group_size: int | None, symmetric: bool
 ) -> None:
-    codes, scale, zero_point = weight(rows, columns, group_size, symmetric)
-    packed = gpu.pack_int4(codes, scale, zero_point, 4)
-    plain = reference.pack(codes, scale, zero_point, 4)
+    plain_weight = weight(name, rows, columns, group_size, symmetric)
+    packed = KERNEL[name].pack(*plain_weight)
+    plain = reference.pack(*plain_weight)
     x = torch.randn(5, columns, generator=torch.Generator().manual_seed(0)).to(torch.float16)
     bias = torch.ones(rows, dtype=torch.float16)
-    exact = reference.linear_reference(x.double(), plain, bias.double())
-    y = gpu.linear_int4(x, packed, bias)
-    assert float((y.double() - exact).norm() / exact.norm()) < 1e-3
+    for route in KERNEL[name].routes:
+        assert error(route.linear(x, packed, bias), x, plain, bias) < 1e-3, route.summary
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_rows_are_dequantized_as_packed(symmetric: bool) -> None:
-    codes, scale, zero_point = weight(130, 256, 64, symmetric)
-    packed = gpu.pack_int4(codes, scale, zero_point, 4)
-    plain = reference.pack(codes, scale, zero_point, 4)
+@every
+@both
+def test_rows_are_dequantized_as_packed(name: str, symmetric: bool) -> None:
+    plain_weight = weight(name, 130, 256, 64, symmetric)
+    packed = KERNEL[name].pack(*plain_weight)
+    plain = reference.pack(*plain_weight)
     for start, stop in ((0, 64), (64, 130), (0, 130)):
         expected = reference.dequantize_rows(plain, start, stop, torch.float32)
-        assert torch.equal(gpu.dequantize_int4_rows(packed, start, stop, torch.float32), expected)
+        assert torch.equal(KERNEL[name].dequantize_rows(packed, start, stop, torch.float32), expected)
 
 
-def test_the_table_gives_4_bit_layers_on_a_gpu_to_it() -> None:
-    usual = {"bits": 4, "symmetric": True, "dtype": torch.bfloat16, "device": "cuda", "in_features": 512}
-    assert choose(**usual, group_size=128, out_features=512).name == "gpu_int4"  # type: ignore[arg-type]
+@every
+def test_the_table_gives_layers_on_a_gpu_to_it(name: str) -> None:
+    usual = {"bits": BITS[name], "symmetric": True, "dtype": torch.bfloat16, "device": "cuda", "in_features": 512}
+    assert choose(**usual, group_size=128, out_features=512).name == name  # type: ignore[arg-type]
     assert choose(**usual, group_size=16, out_features=512).name == "reference"  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 17, 200])
-def test_a_layer_on_the_device_computes_what_the_reference_computes(tokens: int) -> None:
-    codes, scale, zero_point = weight(512, 1024, 128, symmetric=False)
-    packed = pack(codes, scale, zero_point, bits=4, dtype=torch.bfloat16, device="cuda")
-    assert packed.kernel == "gpu_int4"
+@every
+@pytest.mark.parametrize("tokens", [1, 17, 200, gpu.MOST_TOKENS + 1])
+def test_a_layer_on_the_device_computes_what_the_reference_computes(name: str, tokens: int) -> None:
+    codes, scale, zero_point, bits = weight(name, 512, 1024, 128, symmetric=False)
+    packed = pack(codes, scale, zero_point, bits=bits, dtype=torch.bfloat16, device="cuda")
+    assert packed.kernel == name
     x = torch.randn(tokens, 1024).to(torch.bfloat16)
-    exact = reference.linear_reference(x.double(), reference.pack(codes, scale, zero_point, 4))
-    y = linear(x.cuda(), packed).cpu().double()
-    assert float((y - exact).norm() / exact.norm()) < 5e-3
+    assert error(linear(x.cuda(), packed), x, reference.pack(codes, scale, zero_point, bits)) < 5e-3
