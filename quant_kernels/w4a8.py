@@ -196,7 +196,7 @@ def _launch(
     y = torch.empty(tokens, outputs, dtype=dtype, device=x.device)
     if not y.numel():
         return y
-    config = configuration(tokens, outputs, inputs, groups is not None, x.device)
+    config = configuration(tokens, outputs, inputs, 0 if groups is None else GROUP, x.device)
     block_k = config.block_k if inputs % config.block_k == 0 else BLOCK
     tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n)
     partials = counters = None
@@ -225,13 +225,13 @@ PREFILL = Config(128, 256, 128, num_warps=8, num_stages=3, swap=True)
 """For more than 512 tokens on Hopper. An A100 has too few registers for it, and so have split sums."""
 
 
-def configuration(tokens: int, outputs: int, inputs: int, grouped: bool, device: torch.device) -> Config:
+def configuration(tokens: int, outputs: int, inputs: int, group_size: int, device: torch.device) -> Config:
     """As measured on this GPU, else by rule of thumb.
 
     Sums are split until each processor has eight warps, but into parts of at least 1024 inputs, and 16 per token, so
     that the partial sums do not outweigh the weights.
     """
-    found = tabled("w4a8", device, outputs, inputs, GROUP if grouped else 0, tokens)
+    found = tabled("w4a8", device, outputs, inputs, group_size, tokens)
     if found is not None:
         return found
     hopper, processors = gpu_of(device)

@@ -30,6 +30,7 @@ from kernel_plot import svg
 from kernel_rivals import RIVALS
 from kernel_timing import (
     LAYERS,
+    MODULES,
     OURS,
     SCHEMES,
     Device,
@@ -108,7 +109,8 @@ def package_of(kernel: str) -> str:
 
 def tests_pass(operators: list[str]) -> bool:
     """Whether the operators' tests on the device do."""
-    files = {f"tests/quant_kernels/test_{operator.removesuffix('_grouped')}.py" for operator in operators}
+    modules = (MODULES[operator].__name__.rpartition(".")[2] for operator in operators)
+    files = {f"tests/quant_kernels/test_{module}.py" for module in modules}
     if not files:
         return True
     say("== tests on the device")

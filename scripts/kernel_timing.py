@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quant_kernels import w4a8, w4a16
+from quant_kernels import fp4, w4a8, w4a16, w8a16
 from quant_kernels.byte_planes import pack_groups
 from quant_kernels.words import word_shape
 
@@ -58,6 +58,7 @@ class Scheme:
 SCHEMES = {
     "bf16": Scheme(2, 2, "bf16"),
     "w4a16": Scheme(0.5 + 2 / GROUP_SIZE, 2, "bf16"),
+    "nvfp4": Scheme(0.5 + 1 / 16, 2, "bf16"),
     "w8a16": Scheme(1, 2, "bf16"),
     "w4a8": Scheme(0.5, 1, "8-bit"),
     "w8a8": Scheme(1, 1, "8-bit"),
@@ -131,6 +132,17 @@ def _w4a16_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor]:
     return words, (scale * 0.01).to(torch.bfloat16)
 
 
+def _w8a16_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor]:
+    scale = torch.rand(1, layer.outputs, device=device) * 0.001
+    return random_bytes(layer, torch.int8, device), scale.to(torch.bfloat16)
+
+
+def _nvfp4_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    words = random_bytes(word_shape(*layer), torch.int16, device)
+    scale = torch.randint(0x30, 0x40, (layer.inputs // 64, layer.outputs, 4), dtype=torch.uint8, device=device)
+    return words, scale.view(torch.int32).squeeze(2), torch.full((1,), 100.0, device=device)
+
+
 def _w4a8_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor, Tensor]:
     scale = torch.rand(layer.outputs, device=device) * 0.01
     return random_bytes((layer.outputs, layer.inputs // 2), torch.uint8, device), scale, 8 * scale
@@ -148,6 +160,14 @@ OURS = {
         "w4a16", "w4a16", _w4a16_weights, bf16_activations,
         lambda weights, x: torch.ops.netsuke.w4a16(x[0], *weights),
     ),
+    "w8a16": Kernel(
+        "w8a16", "w8a16", _w8a16_weights, bf16_activations,
+        lambda weights, x: torch.ops.netsuke.w8a16(x[0], *weights),
+    ),
+    "w4a16_fp4": Kernel(
+        "w4a16_fp4", "nvfp4", _nvfp4_weights, bf16_activations,
+        lambda weights, x: torch.ops.netsuke.w4a16_fp4(x[0], *weights), "NVFP4: groups of 16",
+    ),
     "w4a8": Kernel(
         "w4a8", "w4a8", _w4a8_weights, int8_activations,
         lambda weights, x: torch.ops.netsuke.w4a8(*x, *weights, None, torch.bfloat16), "activations come quantized",
@@ -159,7 +179,7 @@ OURS = {
     ),
 }  # fmt: skip
 """This package's operators. Scales are such that results of random data are of ordinary size."""
-MODULES = {"w4a16": w4a16, "w4a8": w4a8, "w4a8_grouped": w4a8}
+MODULES = {"w4a16": w4a16, "w8a16": w8a16, "w4a16_fp4": fp4, "w4a8": w4a8, "w4a8_grouped": w4a8}
 """Operator → the file whose `configuration` launches it."""
 
 

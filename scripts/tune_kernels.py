@@ -45,7 +45,7 @@ from quant_kernels.tuning import BUCKETS, TABLES, Config, bucket
 
 TOKENS = (*BUCKETS, 4096)
 """One count for each bucket: the most, and 4096 for those beyond."""
-GROUPS = {"w4a16": GROUP_SIZE, "w4a8": 0, "w4a8_grouped": 64}
+GROUPS = {"w4a16": GROUP_SIZE, "w8a16": 0, "w4a8": 0, "w4a8_grouped": 64, "w4a16_fp4": 16}
 """Operator → its group size in the table, where `w4a8` with groups is an entry of `w4a8`."""
 LIMITS = {"split_k": (1, 32), "block_n": (32, 256), "num_stages": (2, 6), "num_warps": (1, 8), "block_k": (128, 256)}
 """Field → its least and most."""
@@ -122,9 +122,7 @@ def attempt(
 def current(operator: str, layer: Layer, tokens: int) -> Config:
     """What the operator would use."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    group = GROUPS[operator]
-    last = group if operator == "w4a16" else group > 0
-    return MODULES[operator].configuration(tokens, layer.outputs, layer.inputs, last, device)
+    return MODULES[operator].configuration(tokens, layer.outputs, layer.inputs, GROUPS[operator], device)
 
 
 @contextmanager
