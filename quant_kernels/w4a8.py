@@ -143,11 +143,11 @@ def _w4a8_kernel(  # type: ignore[no-untyped-def]
                 low, high = _widened(low, high, tl.load(group_at), ASM)
                 group_at += N
             if SWAP:
-                total = tl.dot(low, x_low.T, total)
-                total = tl.dot(high, x_high.T, total)
+                total = tl.dot(low, x_low.T, total, out_dtype=tl.int32)
+                total = tl.dot(high, x_high.T, total, out_dtype=tl.int32)
             else:
-                total = tl.dot(x_low, low.T, total)
-                total = tl.dot(x_high, high.T, total)
+                total = tl.dot(x_low, low.T, total, out_dtype=tl.int32)
+                total = tl.dot(x_high, high.T, total, out_dtype=tl.int32)
         x_at += BLOCK_K
         weight_at += BLOCK_K // 2
 

@@ -31,6 +31,8 @@ OPERATORS = (
     "fp8",
     "fp8_quant",
     "fp4",
+    "experts",
+    "w2a16",
 )
 
 
