@@ -15,8 +15,6 @@ either order takes as many instructions.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -36,7 +34,7 @@ from quant_kernels.fp4_words import (
 )
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.split_k import sum_splits, workspace
-from quant_kernels.tuning import Config, gpu_of, tabled
+from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
 from quant_kernels.words import TILE_WORDS, word_offsets, word_shape
 
 
@@ -143,8 +141,7 @@ PREFILL = Config(128, 256, num_warps=8, num_stages=3, swap=True)
 
 
 def configuration(tokens: int, outputs: int, inputs: int, group_size: int, device: torch.device) -> Config:
-    """As measured on this GPU, else by rule of thumb: four blocks per processor where splitting the sums can give them,
-    with at least 512 inputs to a block, and 16 per token, so that partial sums do not outweigh the weights."""
+    """As measured on this GPU, else by rule of thumb: four blocks per processor where splitting sums can give them."""
     found = tabled("w4a16_fp4", device, outputs, inputs, group_size, tokens)
     if found is not None:
         return found
@@ -153,9 +150,8 @@ def configuration(tokens: int, outputs: int, inputs: int, group_size: int, devic
         return PREFILL
     most_tokens = MANY if hopper else MANY_AMPERE
     config = next((few for few in (FEW, SOME, MORE) if tokens <= few.block_m), most_tokens)
-    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n)
-    most = inputs // max(512, 16 * config.block_m)
-    return replace(config, split_k=max(1, min(triton.cdiv(4 * processors, tiles), most)))
+    config = split_sums(config, tokens, outputs, inputs, blocks=4 * processors, least=512)
+    return fitted(config)
 
 
 def _check(x: Tensor, words: Tensor, scale: Tensor, global_scale: Tensor, bias: Tensor | None) -> int:

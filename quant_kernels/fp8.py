@@ -24,8 +24,6 @@ The codes 0x7f and 0xff are NaN. In `fp8` they make their results NaN; `pack_wor
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -37,7 +35,7 @@ from quant_kernels.arguments import FLOATS, expect
 from quant_kernels.fp8_quant import GROUP, has_fp8
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.split_k import sum_splits, workspace
-from quant_kernels.tuning import Config, gpu_of, tabled
+from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
 
 FP8 = torch.float8_e4m3fn
 
@@ -290,10 +288,9 @@ FEW_16, SOME_16, MORE_16, MANY_16 = (
 
 
 def configuration(tokens: int, outputs: int, inputs: int, words: bool, grouped: bool, device: torch.device) -> Config:
-    """As measured on this GPU, else by rule of thumb; words: of `w8a16_fp8`.
+    """As measured on this GPU, else by rule of thumb: sums are split until each processor has eight warps.
 
-    Sums are split until each processor has eight warps, but into parts of at least 1024 inputs, and 16 per token, so
-    that the partial sums do not outweigh the weights.
+    words: of `w8a16_fp8`.
     """
     found = tabled("w8a16_fp8" if words else "fp8", device, outputs, inputs, GROUP * grouped, tokens)
     if found is not None:
@@ -304,12 +301,9 @@ def configuration(tokens: int, outputs: int, inputs: int, words: bool, grouped: 
     *few, many = (FEW_16, SOME_16, MORE_16, MANY_16) if words else (FEW, SOME, MORE, MANY)
     config = next((each for each in few if tokens <= each.block_m), many)
     if tokens <= 512:
-        tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n)
-        most = inputs // max(1024, 16 * config.block_m)
-        config = replace(config, split_k=max(1, min(triton.cdiv(8 * processors, config.num_warps * tiles), most)))
-    if torch.version.hip is not None:  # 64 KB of shared memory
-        config = replace(config, num_stages=2)
-    return config
+        blocks = triton.cdiv(8 * processors, config.num_warps)
+        config = split_sums(config, tokens, outputs, inputs, blocks=blocks, least=1024)
+    return fitted(config)
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 """Compute capability → bytes of shared memory that a thread block may have."""
+AMD_SHARED_LIMIT = 64 << 10
 STACK_LIMIT = 16
 """Bytes of stack that are no sign of spilling."""
 ALIGNMENT = 16
@@ -114,10 +115,21 @@ def compile_nvidia(variant: Variant, capability: int) -> Compiled:
     return Compiled(registers, stack, int(built.metadata.shared), inner_loop(code), threads)
 
 
-def compile_amd(variant: Variant, architecture: str = "gfx942") -> int:
-    """Compile for an AMD GPU; the number of vector registers that are spilled to memory."""
-    built = _compile(variant, GPUTarget("hip", architecture, 64))
-    return max(int(count) for count in re.findall(r"\.vgpr_spill_count:\s*(\d+)", built.asm["amdgcn"]))
+def amd_problems(variant: Variant, architecture: str = "gfx942") -> list[str]:
+    """What is wrong with a variant of Ampere's on an AMD GPU, where it has no assembly and what `tuning.fitted` allows.
+
+    Raises what the compiler raises.
+    """
+    constants = dict(variant.constants)
+    constants |= {name: value for name, value in (("ASM", False), ("BLOCK_K", 128)) if name in constants}
+    built = _compile(replace(variant, constants=constants, num_stages=2), GPUTarget("hip", architecture, 64))
+    spilled = max(int(count) for count in re.findall(r"\.vgpr_spill_count:\s*(\d+)", built.asm["amdgcn"]))
+    found = []
+    if spilled:
+        found.append(f"spills {spilled} vector registers")
+    if built.metadata.shared > AMD_SHARED_LIMIT:
+        found.append(f"wants {built.metadata.shared} bytes of shared memory of {AMD_SHARED_LIMIT}")
+    return found
 
 
 def inner_loop(code: str) -> Counter[str]:

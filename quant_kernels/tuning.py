@@ -7,12 +7,13 @@ weight shape, group size and bucket of tokens; shapes that are not in it are lef
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 TABLES = Path(__file__).parent / "tables"
 BUCKETS = (16, 32, 64, 128, 512)
@@ -46,6 +47,26 @@ def tabled(operator: str, device: torch.device, rows: int, columns: int, group_s
     entries = _table(torch.cuda.get_device_name(device))
     found = entries.get(f"{operator} {rows}x{columns} g{group_size} m{bucket(tokens)}")
     return Config(**found) if found else None
+
+
+def split_sums(
+    config: Config, tokens: int, outputs: int, inputs: int, *, blocks: int, least: int, per_token: int = 16
+) -> Config:
+    """`config` with sums split until there are `blocks` thread blocks.
+
+    But into parts of at least `least` inputs, and `per_token` for each token of a block, so that partial sums do not
+    outweigh the weights.
+    """
+    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n)
+    most = inputs // max(least, per_token * config.block_m)
+    return replace(config, split_k=max(1, min(triton.cdiv(blocks, tiles), most)))
+
+
+def fitted(config: Config) -> Config:
+    """What a compute unit of an AMD GPU has room for in 64 KB of shared memory; elsewhere as it is."""
+    if torch.version.hip is None:
+        return config
+    return replace(config, block_n=min(config.block_n, 128), block_k=128, num_stages=2)
 
 
 @cache

@@ -16,8 +16,6 @@ float32, then to the type of the result, float16, bfloat16 or float32. Triton's 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -29,7 +27,7 @@ from quant_kernels.arguments import FLOATS, expect
 from quant_kernels.byte_planes import BLOCK, GROUP, dequantize_progressive, unpack_bytes
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.split_k import sum_splits, workspace
-from quant_kernels.tuning import Config, gpu_of, tabled
+from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
 
 MAX_INPUTS = (2**31 - 1) // (15 * 128)
 MAX_INPUTS_GROUPED = (2**31 - 1) // (128 * 128)
@@ -226,11 +224,7 @@ PREFILL = Config(128, 256, 128, num_warps=8, num_stages=3, swap=True)
 
 
 def configuration(tokens: int, outputs: int, inputs: int, group_size: int, device: torch.device) -> Config:
-    """As measured on this GPU, else by rule of thumb.
-
-    Sums are split until each processor has eight warps, but into parts of at least 1024 inputs, and 16 per token, so
-    that the partial sums do not outweigh the weights.
-    """
+    """As measured on this GPU, else by rule of thumb: sums are split until each processor has eight warps."""
     found = tabled("w4a8", device, outputs, inputs, group_size, tokens)
     if found is not None:
         return found
@@ -238,12 +232,8 @@ def configuration(tokens: int, outputs: int, inputs: int, group_size: int, devic
     if tokens > 512 and hopper:
         return PREFILL
     config = next((few for few in (FEW, SOME, MORE) if tokens <= few.block_m), MANY)
-    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n)
-    most = inputs // max(1024, 16 * config.block_m)
-    config = replace(config, split_k=max(1, min(triton.cdiv(8 * processors, config.num_warps * tiles), most)))
-    if torch.version.hip is not None:  # 64 KB of shared memory
-        config = replace(config, block_k=BLOCK, num_stages=2)
-    return config
+    blocks = triton.cdiv(8 * processors, config.num_warps)
+    return fitted(split_sums(config, tokens, outputs, inputs, blocks=blocks, least=1024))
 
 
 def _check(

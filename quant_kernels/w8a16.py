@@ -26,8 +26,6 @@ scaling, exactly if whole, so that a weight is rounded once, to the type of x.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -38,7 +36,7 @@ from quant_kernels import library
 from quant_kernels.arguments import FLOATS, expect
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.split_k import sum_splits, workspace
-from quant_kernels.tuning import Config, gpu_of, tabled
+from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
 
 PLANE = 32
 """Consecutive inputs whose codes are the low, or the high, bytes of words."""
@@ -262,8 +260,7 @@ PREFILL = Config(128, 256, num_warps=8, num_stages=3, swap=True)
 
 
 def configuration(tokens: int, outputs: int, inputs: int, group_size: int, device: torch.device) -> Config:
-    """As measured on this GPU, else by rule of thumb: four blocks per processor where splitting the sums can give them,
-    with at least 512 inputs to a block, and 8 per token, so that partial sums do not outweigh the weights."""
+    """As measured on this GPU, else by rule of thumb: four blocks per processor where splitting sums can give them."""
     found = tabled("w8a16", device, outputs, inputs, group_size, tokens)
     if found is not None:
         return found
@@ -276,9 +273,8 @@ def configuration(tokens: int, outputs: int, inputs: int, group_size: int, devic
         config = (PREFILL if tokens > 512 else MANY) if hopper else MANY_AMPERE
     if config == PREFILL:
         return config
-    tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n)
-    most = inputs // max(512, 8 * config.block_m)
-    return replace(config, split_k=max(1, min(triton.cdiv(4 * processors, tiles), most)))
+    config = split_sums(config, tokens, outputs, inputs, blocks=4 * processors, least=512, per_token=8)
+    return fitted(config)
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> int:

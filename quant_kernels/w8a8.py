@@ -16,8 +16,6 @@ interpreter truncates to bfloat16.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +25,7 @@ from quant_kernels import library
 from quant_kernels.arguments import FLOATS, expect
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.split_k import sum_splits, workspace
-from quant_kernels.tuning import Config, gpu_of, tabled
+from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
 
 MAX_INPUTS = (2**31 - 1) // (128 * 128)
 MAX_INPUTS_ZERO = (2**31 - 1) // (128 * 255)
@@ -139,11 +137,7 @@ PREFILL = Config(128, 256, 128, num_warps=8)
 
 
 def configuration(tokens: int, outputs: int, inputs: int, device: torch.device) -> Config:
-    """As measured on this GPU, else by rule of thumb.
-
-    Sums are split until each processor has eight warps, but into parts of at least 1024 inputs, and 16 per token, so
-    that the partial sums do not outweigh the weights.
-    """
+    """As measured on this GPU, else by rule of thumb: sums are split until each processor has eight warps."""
     found = tabled("w8a8", device, outputs, inputs, 0, tokens)
     if found is not None:
         return found
@@ -151,12 +145,9 @@ def configuration(tokens: int, outputs: int, inputs: int, device: torch.device) 
     many = MANY_AMPERE if not hopper else PREFILL if tokens > 512 else MANY
     config = next((few for few in (FEW, SOME, MORE) if tokens <= few.block_m), many)
     if tokens <= 512:
-        tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n)
-        most = inputs // max(1024, 16 * config.block_m)
-        config = replace(config, split_k=max(1, min(triton.cdiv(8 * processors, config.num_warps * tiles), most)))
-    if torch.version.hip is not None:  # 64 KB of shared memory
-        config = replace(config, block_n=min(config.block_n, 128), block_k=128, num_stages=2)
-    return config
+        blocks = triton.cdiv(8 * processors, config.num_warps)
+        config = split_sums(config, tokens, outputs, inputs, blocks=blocks, least=1024)
+    return fitted(config)
 
 
 def _check(

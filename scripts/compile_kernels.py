@@ -6,7 +6,8 @@
     scripts/compile_kernels.py --only w4a16        one operator's
 
 Prints registers, shared memory and instructions per weight of each; exit code 1 where one spills, does not fit, misses
-its matrix instruction or issues a tenth more instructions than recorded.
+its matrix instruction or issues a tenth more instructions than recorded. What ships for Ampere is compiled for an AMD
+GPU too, without assembly, and must not spill there either.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
-from quant_kernels.gate import Gate, compile_nvidia, problems
+from quant_kernels.gate import Gate, amd_problems, compile_nvidia, problems
 
+AMD = "gfx942"
 OPERATORS = (
     "w4a16",
     "dequantize_words",
@@ -47,6 +49,8 @@ def check(operator: str, index: int) -> tuple[str, bool]:
     found = problems(gate, compiled)
     per_weight = f"{compiled.instructions_per_weight(gate.variant):.2f}" if gate.variant.weights else "-"
     measured = f"{compiled.registers:>3} registers {compiled.shared:>6} shared {per_weight:>5} per weight"
+    if gate.capability == 80:
+        found += [f"{AMD}: {problem}" for problem in amd_problems(gate.variant, AMD)]
     return f"sm_{gate.capability} {gate.name:<44} {measured}  {'; '.join(found) or 'ok'}", not found
 
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quant_kernels import fp4, w4a8, w4a16, w8a16
+from quant_kernels import fp4, fp8, w4a8, w4a16, w8a8, w8a16
 from quant_kernels.byte_planes import pack_groups
+from quant_kernels.fp8 import GROUP, pack_words
 from quant_kernels.words import word_shape
 
 GROUP_SIZE = 128
@@ -121,6 +122,20 @@ def int8_activations(tokens: int, inputs: int, device: str) -> Sequence[Tensor]:
     return codes, torch.full((tokens,), 0.01, device=device), codes.sum(dim=1, dtype=torch.int32)
 
 
+def fp8_activations(tokens: int, inputs: int, device: str) -> Sequence[Tensor]:
+    """Codes, and a scale per token."""
+    return _random_fp8(tokens, inputs, device), torch.full((tokens,), 0.01, device=device)
+
+
+def fp8_grouped_activations(tokens: int, inputs: int, device: str) -> Sequence[Tensor]:
+    """Codes, and a scale per token and group of inputs."""
+    return _random_fp8(tokens, inputs, device), torch.full((tokens, math.ceil(inputs / GROUP)), 0.01, device=device)
+
+
+def _random_fp8(rows: int, columns: int, device: str) -> Tensor:
+    return (torch.randn(rows, columns, device=device) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
 def random_bytes(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
     info = torch.iinfo(dtype)
     return torch.randint(info.min, info.max + 1, shape, dtype=dtype, device=device)
@@ -155,6 +170,25 @@ def _w4a8_grouped_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor, Te
     return weight, scale, pack_groups(steps, offsets)
 
 
+def _w8a8_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor]:
+    return random_bytes(layer, torch.int8, device), torch.rand(layer.outputs, device=device) * 1e-4
+
+
+def _fp8_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor]:
+    return _random_fp8(*layer, device), torch.rand(layer.outputs, device=device) * 1e-4
+
+
+def _fp8_grouped_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor]:
+    groups = [math.ceil(length / GROUP) for length in layer]
+    return _random_fp8(*layer, device), torch.rand(groups, device=device) * 1e-4
+
+
+def _w8a16_fp8_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor]:
+    weight, scale = _fp8_weights(layer, device)
+    return pack_words(weight), scale
+
+
+QUANTIZED = "activations come quantized"
 OURS = {
     "w4a16": Kernel(
         "w4a16", "w4a16", _w4a16_weights, bf16_activations,
@@ -168,18 +202,38 @@ OURS = {
         "w4a16_fp4", "nvfp4", _nvfp4_weights, bf16_activations,
         lambda weights, x: torch.ops.netsuke.w4a16_fp4(x[0], *weights), "NVFP4: groups of 16",
     ),
+    "w8a16_fp8": Kernel(
+        "w8a16_fp8", "w8a16", _w8a16_fp8_weights, bf16_activations,
+        lambda weights, x: torch.ops.netsuke.w8a16_fp8(x[0], *weights),
+    ),
     "w4a8": Kernel(
         "w4a8", "w4a8", _w4a8_weights, int8_activations,
-        lambda weights, x: torch.ops.netsuke.w4a8(*x, *weights, None, torch.bfloat16), "activations come quantized",
+        lambda weights, x: torch.ops.netsuke.w4a8(*x, *weights, None, torch.bfloat16), QUANTIZED,
     ),
     "w4a8_grouped": Kernel(
         "w4a8_grouped", "w4a8", _w4a8_grouped_weights, int8_activations,
         lambda weights, x: torch.ops.netsuke.w4a8_grouped(*x[:2], *weights, None, torch.bfloat16),
-        "activations come quantized; groups of 64",
+        f"{QUANTIZED}; groups of 64",
+    ),
+    "w8a8": Kernel(
+        "w8a8", "w8a8", _w8a8_weights, int8_activations,
+        lambda weights, x: torch.ops.netsuke.w8a8(*x[:2], *weights, None, None, None, torch.bfloat16), QUANTIZED,
+    ),
+    "fp8": Kernel(
+        "fp8", "w8a8", _fp8_weights, fp8_activations,
+        lambda weights, x: torch.ops.netsuke.fp8(*x, *weights, None, torch.bfloat16), QUANTIZED,
+    ),
+    "fp8_grouped": Kernel(
+        "fp8_grouped", "w8a8", _fp8_grouped_weights, fp8_grouped_activations,
+        lambda weights, x: torch.ops.netsuke.fp8(*x, *weights, None, torch.bfloat16),
+        f"{QUANTIZED}; scales of {GROUP} inputs and of {GROUP} × {GROUP} weights",
     ),
 }  # fmt: skip
 """This package's operators. Scales are such that results of random data are of ordinary size."""
-MODULES = {"w4a16": w4a16, "w8a16": w8a16, "w4a16_fp4": fp4, "w4a8": w4a8, "w4a8_grouped": w4a8}
+MODULES = {
+    "w4a16": w4a16, "w8a16": w8a16, "w4a16_fp4": fp4, "w8a16_fp8": fp8,
+    "w4a8": w4a8, "w4a8_grouped": w4a8, "w8a8": w8a8, "fp8": fp8, "fp8_grouped": fp8,
+}  # fmt: skip
 """Operator → the file whose `configuration` launches it."""
 
 

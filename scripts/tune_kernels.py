@@ -45,11 +45,14 @@ from quant_kernels.tuning import BUCKETS, TABLES, Config, bucket
 
 TOKENS = (*BUCKETS, 4096)
 """One count for each bucket: the most, and 4096 for those beyond."""
-GROUPS = {"w4a16": GROUP_SIZE, "w8a16": 0, "w4a8": 0, "w4a8_grouped": 64, "w4a16_fp4": 16}
+GROUPS = {
+    "w4a16": GROUP_SIZE, "w8a16": 0, "w4a16_fp4": 16, "w8a16_fp8": 0,
+    "w4a8": 0, "w4a8_grouped": 64, "w8a8": 0, "fp8": 0, "fp8_grouped": 128,
+}  # fmt: skip
 """Operator → its group size in the table, where `w4a8` with groups is an entry of `w4a8`."""
 LIMITS = {"split_k": (1, 32), "block_n": (32, 256), "num_stages": (2, 6), "num_warps": (1, 8), "block_k": (128, 256)}
 """Field → its least and most."""
-BLOCK_K = ("w4a8", "w4a8_grouped")
+BLOCK_K = ("w4a8", "w4a8_grouped", "w8a8")
 """Operators to whose configuration block_k makes a difference."""
 FAST = Device(4.8e12, {"bf16": 1e15, "8-bit": 2e15})
 """Faster than any GPU of today: by it is chosen how often to repeat."""
@@ -122,7 +125,10 @@ def attempt(
 def current(operator: str, layer: Layer, tokens: int) -> Config:
     """What the operator would use."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return MODULES[operator].configuration(tokens, layer.outputs, layer.inputs, GROUPS[operator], device)
+    kind = {
+        "w8a8": (), "fp8": (False, False), "fp8_grouped": (False, True), "w8a16_fp8": (True, False),
+    }.get(operator, (GROUPS[operator],))  # fmt: skip
+    return MODULES[operator].configuration(tokens, layer.outputs, layer.inputs, *kind, device)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,6 @@ def put_in_place(model: nn.Module, names: Sequence[str], layer: QuantLinear) -> 
     if len(names) == 1:
         model.set_submodule(names[0], layer)
         return
-    sizes = [int(model.get_submodule(name).out_features) for name in names]
+    sizes = [cast(nn.Linear, model.get_submodule(name)).out_features for name in names]
     for name, part in zip(names, SharedInput(layer, sizes).parts(), strict=True):
         model.set_submodule(name, part)
