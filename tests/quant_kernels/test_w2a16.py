@@ -1,0 +1,271 @@
+"""2-bit weights times 16-bit activations: what the formula says, for any shape, group and configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from quant_kernels import split_k, w2a16
+from quant_kernels.library import INTERPRETED
+from quant_kernels.tuning import Config
+from quant_kernels.two_bit_words import unpack_two_bits
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_kernels = pytest.mark.skipif(not INTERPRETED and DEVICE.type == "cpu", reason="needs a GPU or the interpreter")
+CONFIGS = {
+    "plain": Config(16, 64),
+    "plain and split": Config(16, 32, split_k=2),
+    "swapped": Config(32, 64, swap=True),
+    "swapped and split": Config(16, 64, split_k=3, swap=True),
+}
+LAYERS = [
+    (1, 1, 32, 32), (3, 33, 160, 32), (17, 33, 192, 64), (33, 1, 384, 128), (2, 5, 512, 256), (3, 5, 768, 384),
+    (2, 3, 256, 64), (5, 130, 77, 77),
+]  # fmt: skip
+"""Tokens, outputs, inputs, group size."""
+DTYPES = [torch.float16, torch.bfloat16, torch.float32] if INTERPRETED else [torch.float16, torch.bfloat16]
+ZEROS = ["symmetric", "integer", "float"]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an operator allocates is full of NaN, so that what it leaves out shows."""
+    empty = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> Tensor:
+        made = empty(*size, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+    monkeypatch.setattr(w2a16, "configuration", lambda *_: config)
+
+
+def problem(
+    tokens: int, outputs: int, inputs: int, group_size: int, dtype: torch.dtype = torch.float32, zero: str = "integer"
+) -> dict[str, Tensor | None]:
+    """Arguments of the operator; activations have a mean, so that a wrong zero point shows."""
+    generator = torch.Generator().manual_seed(tokens + outputs + inputs)
+    shape = (outputs, inputs // group_size)
+    codes = torch.randint(-2, 2, (outputs, inputs), dtype=torch.int8, generator=generator)
+    scale = (torch.rand(shape, generator=generator) * 0.02 + 0.01).to(dtype)
+    zero_point = {
+        "symmetric": None,
+        "integer": torch.randint(-2, 2, shape, generator=generator),
+        "float": torch.rand(shape, generator=generator) * 3 - 2,
+    }[zero]
+    words, scale, zeros = w2a16.pack(codes, scale, zero_point)
+    x = (torch.randn(tokens, inputs, generator=generator) + 0.5).to(dtype)
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    made = {"x": x, "words": words, "scale": scale, "zero": zeros, "bias": bias}
+    return {name: None if each is None else each.to(DEVICE) for name, each in made.items()}
+
+
+def run(arguments: dict[str, Tensor | None]) -> Tensor:
+    return torch.ops.netsuke.w2a16(**arguments)
+
+
+def exact(arguments: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """The result in float64, element by element, and the sum of the magnitudes of its terms."""
+    x, words, scale, zero, bias = (None if each is None else each.cpu() for each in arguments.values())
+    (groups, outputs), inputs = scale.shape, x.shape[1]
+    group = torch.arange(inputs) * groups // inputs
+    codes = unpack_two_bits(words, outputs, inputs).double()
+    weight = (codes - (2 if zero is None else zero.double().T[:, group])) * scale.double().T[:, group]
+    x, bias = x.double(), torch.zeros(outputs, dtype=torch.float64) if bias is None else bias.double()
+    return x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
+
+
+def check(arguments: dict[str, Tensor | None], y: Tensor, swap: bool) -> None:
+    """Within one rounding of the result (the interpreter truncates to bfloat16: two), float32 sums of terms up to 150
+    steps where products are shifted, and a rounding of each weight where weights are."""
+    expected, magnitude = exact(arguments)
+    eps = torch.finfo(y.dtype).eps
+    rounding = eps if INTERPRETED and y.dtype == torch.bfloat16 else eps / 2
+    terms = 2.0**-17
+    if swap and not INTERPRETED:
+        terms += 1.5 * eps
+    allowed = 1.01 * rounding * expected.abs() + terms * magnitude
+    assert y.dtype == arguments["x"].dtype  # type: ignore[union-attr]
+    assert bool(((y.cpu().double() - expected).abs() <= allowed).all())
+
+
+@needs_kernels
+@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_result_is_the_formula(
+    config: Config, layer: tuple[int, int, int, int], zero: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, config)
+    for dtype in DTYPES if zero == "integer" else DTYPES[:1]:
+        arguments = problem(*layer, dtype, zero)
+        check(arguments, run(arguments), config.swap)
+    arguments["bias"] = None
+    check(arguments, run(arguments), config.swap)
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_the_reference_is_the_formula(layer: tuple[int, int, int, int], zero: str) -> None:
+    for dtype in DTYPES:
+        arguments = problem(*layer, dtype, zero)
+        check(arguments, w2a16.w2a16_reference(**arguments), swap=False)  # type: ignore[arg-type]
+
+
+@needs_kernels
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_what_lies_beyond_the_last_token_and_input_is_not_read(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, config)
+    arguments = problem(3, 5, 160, 32)
+    surrounded = torch.full((5, 160), torch.nan, device=DEVICE)
+    surrounded[1:4] = arguments["x"]  # type: ignore[assignment]
+    arguments["x"] = surrounded[1:4]
+    assert not run(arguments).isnan().any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("splits", [2, 9])
+def test_split_sums_are_the_same_every_time_and_leave_their_counters_at_0(
+    splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, Config(16, 32, split_k=splits))
+    arguments = problem(17, 40, 1280, 128)
+    first = run(arguments)
+    check(arguments, first, swap=False)
+    assert torch.equal(run(arguments), first)
+    assert not split_k.workspace(DEVICE, 1, 1)[1].any()
+
+
+@needs_kernels
+def test_scales_and_zeros_may_be_of_another_type_than_activations() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        arguments = problem(3, 20, 256, 64, torch.float16)
+        arguments |= {name: arguments[name].to(dtype) for name in ("scale", "zero", "bias")}  # type: ignore[union-attr]
+        check(arguments, run(arguments), swap=False)
+
+
+def test_packing_keeps_the_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-2, 2, (5, 64), dtype=torch.int8, generator=generator)
+    zero_point = torch.randint(-2, 2, (5, 2), dtype=torch.int8, generator=generator)
+    scale = torch.rand(5, 2, generator=generator)
+    weight = w2a16.w2a16_reference(torch.eye(64), *w2a16.pack(codes, scale, zero_point)).T
+    expected = (codes - zero_point.repeat_interleave(32, 1)) * scale.repeat_interleave(32, 1)
+    torch.testing.assert_close(weight, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("tokens", "outputs"), [(0, 5), (3, 0), (0, 0)])
+def test_nothing_in_gives_nothing_out(tokens: int, outputs: int) -> None:
+    words, scale, _ = w2a16.pack(torch.zeros(outputs, 64, dtype=torch.int8), torch.ones(outputs, 1))
+    assert w2a16.w2a16(torch.zeros(tokens, 64, dtype=torch.float16), words, scale).shape == (tokens, outputs)
+
+
+HALF = torch.float16
+WRONG: dict[str, dict[str, Tensor]] = {
+    "x is torch.int8, expected torch.float16 or": {"x": torch.zeros(3, 160, dtype=torch.int8)},
+    r"x has shape \[160\], expected \[any, any\]": {"x": torch.zeros(160, dtype=HALF)},
+    r"x has strides \(1, 3\)": {"x": torch.zeros(160, 3, dtype=HALF).T},
+    r"words has shape \[1, 2, 64, 32\], expected \[1, 1, 64, 32\]": {
+        "words": torch.zeros(1, 2, 64, 32, dtype=torch.int16)
+    },
+    "words is torch.int32, expected torch.int16": {"words": torch.zeros(1, 1, 64, 32, dtype=torch.int32)},
+    "scale is torch.float64": {"scale": torch.ones(5, 5, dtype=torch.float64)},
+    "scale has 3 groups, which do not divide the 160 inputs": {"scale": torch.ones(3, 5)},
+    "scale has groups of 80 inputs: 32, 64, multiples of 128 or all 160": {"scale": torch.ones(2, 5)},
+    r"zero has shape \[5\], expected \[5, 5\]": {"zero": torch.ones(5)},
+    r"bias has shape \[4\], expected \[5\]": {"bias": torch.zeros(4)},
+    "scale is on meta, x on cpu": {"scale": torch.ones(5, 5, device="meta")},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_is_named(message: str) -> None:
+    arguments = {key: None if each is None else each.cpu() for key, each in problem(3, 5, 160, 32, HALF).items()}
+    with pytest.raises(ValueError, match=message):
+        w2a16.w2a16(**arguments | WRONG[message])  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="of the rule of thumb, not of a table")
+def test_sums_are_split_when_there_are_too_few_blocks_for_the_gpu() -> None:
+    def splits(tokens: int, outputs: int, inputs: int) -> int:
+        return w2a16.configuration(tokens, outputs, inputs, 128, DEVICE).split_k
+
+    assert splits(1, 4096, 4096) == 4
+    assert splits(1, 4096, 1024) == 1
+    assert splits(16, 57344, 8192) == 1
+    assert splits(4096, 4096, 4096) == 1
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="of the rule of thumb, not of a table")
+@pytest.mark.parametrize("hopper", [False, True])
+def test_what_is_chosen_is_what_is_compiled_ahead_of_time(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(w2a16, "gpu_of", lambda _: (hopper, 132))
+    compiled = {
+        (gate.variant.constants["GROUP"], gate.variant.constants["SPLIT"], gate.variant.constants["SWAP"],
+         gate.variant.constants["BLOCK_M"], gate.variant.constants["BLOCK_N"], gate.variant.num_warps)
+        for gate in w2a16.gates() if gate.capability == (90 if hopper else 80)
+    }  # fmt: skip
+    for tokens in (1, 17, 33, 65, 513):
+        for group_size in (0, 32, 64, 128):
+            config = w2a16.configuration(tokens, 1024, 1 << 17, group_size, DEVICE)
+            swap, warps = config.swap, config.num_warps
+            assert (group_size, config.split_k > 1, swap, config.block_m, config.block_n, warps) in compiled
+
+
+def test_the_operator_meets_the_contract_of_torch_library() -> None:
+    arguments = problem(3, 17, 160, 32)
+    torch.library.opcheck(torch.ops.netsuke.w2a16, tuple(arguments.values()))
+
+
+def test_a_compiled_graph_goes_through() -> None:
+    arguments = problem(3, 17, 160, 32, torch.float16)
+    compiled = torch.compile(lambda x: run(arguments | {"x": x}) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(arguments["x"]), run(arguments) * 2)
+
+
+SHIPPED = (w2a16.FEW, w2a16.SOME, w2a16.MORE, w2a16.MORE_AMPERE, w2a16.MANY)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("config", SHIPPED, ids=str)
+@pytest.mark.parametrize("zero", ZEROS)
+def test_shipped_configurations_on_layers_of_real_size(
+    zero: str, config: Config, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, replace(config, split_k=splits))
+    for dtype in (torch.float16, torch.bfloat16):
+        for group_size in (32, 64, 128, 4096):
+            for tokens, outputs in ((1, 4096), (config.block_m, 1000), (config.block_m + 1, 6144)):
+                arguments = problem(tokens, outputs, 4096, group_size, dtype, zero)
+                check(arguments, run(arguments), config.swap)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128, 1024])
+def test_a_captured_graph_replays_on_new_inputs(tokens: int) -> None:
+    arguments = problem(tokens, 4096, 4096, 128, torch.bfloat16)
+    run(arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(arguments)
+    for _ in range(3):
+        arguments["x"].normal_()  # type: ignore[union-attr]
+        graph.replay()
+        check(arguments, y, swap=tokens > 16)
+
+
+@pytest.mark.gpu
+def test_results_of_more_than_2_to_the_31_elements() -> None:
+    arguments = problem(33000, 66000, 128, 128, torch.float16)
+    y = run(arguments)
+    check(arguments | {"x": arguments["x"][-3:]}, y[-3:], swap=True)  # type: ignore[index]
