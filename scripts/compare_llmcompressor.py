@@ -45,11 +45,14 @@ class Cell:
     bits: int
     group_size: int
     symmetric: bool
+    sweeps: int | None = None
+    """Of netsuke's refinement after GPTQ, which its peer has not; None: as the recipe has it."""
 
     @property
     def title(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.method.upper()}, {self.bits} bits in groups of {self.group_size}, {kind}"
+        plain = ", without refinement" if self.sweeps == 0 else ""
+        return f"{self.method.upper()}, {self.bits} bits in groups of {self.group_size}, {kind}{plain}"
 
     @property
     def overrides(self) -> list[str]:
@@ -59,12 +62,15 @@ class Cell:
             "group_size": self.group_size,
             "symmetric": str(self.symmetric).lower(),
         }
+        if self.sweeps is not None:
+            fields["sweeps"] = self.sweeps
         return [f"{self.method}.{name}={value}" for name, value in fields.items()]
 
 
 CELLS = (
     Cell("rtn", bits=4, group_size=128, symmetric=True),
     Cell("gptq", bits=4, group_size=128, symmetric=True),
+    Cell("gptq", bits=4, group_size=128, symmetric=True, sweeps=0),
     Cell("gptq", bits=3, group_size=128, symmetric=True),
     Cell("gptq", bits=3, group_size=128, symmetric=False),
     Cell("gptq", bits=2, group_size=64, symmetric=False),
