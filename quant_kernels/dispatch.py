@@ -68,6 +68,9 @@ BF16 = (torch.bfloat16,)
 HALF = (torch.float16, torch.bfloat16)
 
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("gpu_int2", ("cuda",), HALF, gpu.int2_objection, gpu.pack_int2, gpu.dequantize_int2_rows, (
+        Route(inf, "our Triton kernel on 2-bit weights", gpu.linear_int2),
+    )),
     Kernel("gpu_int4", ("cuda",), HALF, gpu.int4_objection, gpu.pack_int4, gpu.dequantize_int4_rows, (
         Route(gpu.MOST_TOKENS, "our Triton kernel on 4-bit words", gpu.linear_int4),
         Route(inf, "dequantized once, then torch's matrix product", gpu.linear_int4_dense),

@@ -1,8 +1,8 @@
 """Quantized linear layers on a GPU, with this package's own Triton kernels.
 
-`gpu_int4`, codes of 2 to 4 bits: the operator of `w4a16`. `gpu_int8`, codes of 5 to 8 bits: that of `w8a16`. Both take
-groups of 32 or 64 columns, of a multiple of 128, or one scale per row, symmetric or with zero points, any number of
-rows, float16 or bfloat16 activations.
+`gpu_int2`, codes of 2 bits: the operator of `w2a16`. `gpu_int4`, of 3 and 4 bits: that of `w4a16`. `gpu_int8`, of 5 to 8
+bits: that of `w8a16`. All take groups of 32 or 64 columns, of a multiple of 128, or one scale per row, symmetric or with
+zero points, any number of rows, float16 or bfloat16 activations.
 
 Triton is imported when a layer is first packed: a machine without a GPU needs no Triton.
 """
@@ -24,6 +24,13 @@ CAPABILITY = (8, 0)
 """The oldest NVIDIA GPUs with the matrix instructions that the kernels are compiled to: Ampere."""
 
 
+def int2_objection(spec: LinearSpec) -> str | None:
+    """Why `gpu_int2` cannot run this layer; None where it can."""
+    if spec.bits > 2:
+        return f"holds codes of 2 bits, not {spec.bits}"
+    return _group_objection(spec) or _machine_objection()
+
+
 def int4_objection(spec: LinearSpec) -> str | None:
     """Why `gpu_int4` cannot run this layer; None where it can."""
     if spec.bits > 4:
@@ -36,6 +43,15 @@ def int8_objection(spec: LinearSpec) -> str | None:
     if spec.bits <= 4:
         return f"would spend a byte on each code of {spec.bits} bits"
     return _group_objection(spec) or _machine_objection()
+
+
+def pack_int2(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Packed:
+    """codes: int16 words as in `quant_kernels.two_bit_words`; scale, zero_point: [groups, out], zeros of those codes."""
+    from quant_kernels import w2a16
+
+    words, scales, zeros = w2a16.pack(codes, scale, zero_point)
+    rows, columns = codes.shape
+    return Packed("gpu_int2", bits, rows, columns, words, scales, zeros)
 
 
 def pack_int4(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Packed:
@@ -54,6 +70,13 @@ def pack_int8(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
     weight, scales, zeros = w8a16.pack(codes, scale, zero_point)
     rows, columns = codes.shape
     return Packed("gpu_int8", bits, rows, columns, weight, scales, zeros)
+
+
+def linear_int2(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """x [tokens, in] → [tokens, out], both float16 or both bfloat16."""
+    from quant_kernels import w2a16  # noqa: F401  (registers the operator)
+
+    return torch.ops.netsuke.w2a16(x, packed.codes, packed.scale, packed.zero_point, bias)
 
 
 def linear_int4(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -78,6 +101,15 @@ def linear_int4_dense(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
         packed.codes, packed.scale, packed.zero_point, packed.in_features, x.dtype
     )
     return F.linear(x, weight, bias)
+
+
+def dequantize_int2_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows `start` to `stop` of the weight, the first a multiple of 64."""
+    from quant_kernels.two_bit_words import SIGNED_ZERO, TILE_ROWS, unpack_two_bits
+
+    words = packed.codes[start // TILE_ROWS : -(-stop // TILE_ROWS)]
+    codes = unpack_two_bits(words, stop - start, packed.in_features)
+    return _scaled(codes, packed, SIGNED_ZERO, start, stop, dtype)
 
 
 def dequantize_int4_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:

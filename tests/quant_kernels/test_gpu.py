@@ -13,7 +13,7 @@ from quant_kernels.dispatch import KERNELS
 from quant_kernels.library import INTERPRETED
 
 KERNEL = {kernel.name: kernel for kernel in KERNELS if kernel.devices == ("cuda",)}
-BITS = {"gpu_int4": 4, "gpu_int8": 8}
+BITS = {"gpu_int2": 2, "gpu_int4": 4, "gpu_int8": 8}
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs on the GPU itself here, in the tests marked gpu")
 both = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
 every = pytest.mark.parametrize("name", BITS)
