@@ -68,9 +68,11 @@ def _for_prompts(backend: str) -> list[str]:
     """How a CPU kernel unpacks weights, and what it multiplies them in."""
     if not backend.startswith("cpu"):
         return []
+    if backend == "cpu_int4" and native.has_matrix_unit():
+        return []
     dtype = str(cpu.product_dtype()).removeprefix("torch.")
     words = [f"unpacked weights are multiplied in {dtype}, the faster type here"]
-    if backend == "cpu_int4" and native.unpacker() is None:
+    if backend == "cpu_int4" and native.loops() is None:
         words.append("without a C compiler they are unpacked by torch, which takes several times as long")
     return words
 

@@ -12,9 +12,9 @@ memory, so those layers are refused here.
 
 Both want bfloat16 activations (for others they run scalar loops, slower than the reference) and round
 scales to bfloat16. Both serve few tokens best: they unpack the weight anew for every few rows of x. Past a
-token count that was measured (README.md) the same bytes are unpacked once, a chunk of rows at a time into a
-buffer that stays in the cache, and multiplied by torch's own product, in whichever of bfloat16 and float32
-this processor is faster at. Unpacking int4 is a loop in C where a C compiler is at hand (`native.py`).
+token count that was measured (README.md) the same bytes are unpacked once, into memory that the next layer uses
+again, and multiplied by torch's own product, in whichever of bfloat16 and float32 this processor is faster at. For int4
+that is done in C where it can be (`native.py`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ INT4_GROUPS = (256, 128, 64, 32)
 INT4_ROWS = 16
 INT8_COLUMNS = 32
 INT4_MOST_TOKENS, INT8_MOST_TOKENS = 48, 32
-"""Up to so many tokens torch's integer products are quicker than unpacking the weight."""
-CHUNK_WEIGHTS = 1 << 20
-"""Weights that are unpacked at a time, for each thread."""
+"""Up to so many tokens torch's integer products are quicker than unpacking the weight;"""
+INT4_MATRIX_UNIT_TOKENS = 8
+"""up to so many, than the matrix unit."""
+CHUNK_WEIGHTS = 1 << 25
+"""Weights that are unpacked at a time: most layers at once."""
+_SCRATCH: dict[torch.dtype, Tensor] = {}
+"""What weights are unpacked to, one layer's after another's."""
 PAGE = 4096
 """Bytes of memory that a processor fetches ahead in, and not beyond."""
 PAIRED_ROWS = 512
@@ -112,6 +116,18 @@ def linear_int4(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     group = packed.in_features // packed.scale.shape[0]
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed.codes, group, packed.scale)
     return y if bias is None else y + bias
+
+
+def linear_int4_matrix_unit(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The same for more than a few tokens, where `native.has_matrix_unit()`."""
+    loops = native.loops()
+    assert loops is not None, "the route is open only where there are loops"
+    y = x.new_empty(x.shape[0], packed.out_features)
+    loops.multiply(x, packed.codes, *_affine(packed.scale), y)
+    if rest := packed.out_features % native.BLOCK_ROWS:
+        start = packed.out_features - rest
+        y[:, start:] = x @ dequantize_int4_rows(packed, start, packed.out_features, x.dtype).T
+    return y if bias is None else y.add_(bias)
 
 
 def linear_int4_by_chunks(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -191,36 +207,48 @@ def _linear_by_chunks(
 ) -> Tensor:
     """x [tokens, in] → [tokens, out]; `scale` [out] is for what `unpack` leaves unscaled."""
     inputs = x.to(product_dtype())
-    y = x.new_empty(x.shape[0], packed.out_features)
-    rows = chunks(packed, CHUNK_WEIGHTS * torch.get_num_threads())
-    buffer = inputs.new_empty(rows[0][1] * packed.in_features)
-    for start, stop in rows:
-        part = inputs @ unpack(packed, start, stop, buffer)
+    parts = []
+    for start, stop in chunks(packed, CHUNK_WEIGHTS):
+        weight = _scratch((stop - start) * packed.in_features, inputs.dtype)
+        part = inputs @ unpack(packed, start, stop, weight)
         if scale is not None:
             part.mul_(scale[start:stop])
-        y[:, start:stop] = part if bias is None else part.add_(bias[start:stop])
-    return y
+        parts.append(part if bias is None else part.add_(bias[start:stop]))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(x.dtype)
+
+
+def _scratch(size: int, dtype: torch.dtype) -> Tensor:
+    """Memory for so many numbers, kept from call to call: what the system gives anew it fills with zeros first."""
+    kept = _SCRATCH.get(dtype)
+    if kept is None or kept.numel() < size:
+        kept = _SCRATCH[dtype] = torch.empty(size, dtype=dtype)
+    return kept[:size]
 
 
 def _unpack_int8(packed: Packed, start: int, stop: int, buffer: Tensor) -> Tensor:
     """The codes as they are."""
-    rows = buffer[: (stop - start) * packed.in_features].view(stop - start, -1)
-    return rows.copy_(packed.codes[start:stop]).T
+    return buffer.view(stop - start, -1).copy_(packed.codes[start:stop]).T
 
 
 def _unpack_int4(packed: Packed, start: int, stop: int, buffer: Tensor) -> Tensor:
     """The inverse of `_convert_weight_to_int4pack_for_cpu` for some rows, and their scales and zeros applied."""
-    out = buffer[: packed.in_features * (stop - start)].view(packed.in_features, stop - start)
-    scale, zero = packed.scale[:, start:stop].permute(2, 0, 1).to(torch.float32).contiguous()
-    zero -= 8 * scale
-    whole = instruction_set() == "AVX512" and (stop - start) % native.BLOCK_ROWS == 0
-    if whole and out.dtype == torch.bfloat16 and (unpack := native.unpacker()):
-        unpack(packed.codes[start:stop], scale, zero, out)
-        return out
-    return out.copy_(_unpack_int4_by_torch(packed.codes[start:stop], scale, zero))
+    out = buffer.view(packed.in_features, stop - start)
+    codes, (scale, shift) = packed.codes[start:stop], _affine(packed.scale[:, start:stop])
+    loops = native.loops() if (stop - start) % native.BLOCK_ROWS == 0 and out.dtype == torch.bfloat16 else None
+    if loops is None:
+        return out.copy_(_unpack_int4_by_torch(codes, scale, shift))
+    loops.unpack(codes, scale, shift, out)
+    return out
 
 
-def _unpack_int4_by_torch(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def _affine(scale: Tensor) -> Tensor:
+    """[groups, rows, 2], scale and zero → float32 [2, groups, rows], by which codes 0 … 15 are multiplied and moved."""
+    both = scale.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    both[1].sub_(both[0], alpha=8)
+    return both
+
+
+def _unpack_int4_by_torch(codes: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """The same for codes [rows, in / 2] and float32 [groups, rows], in float32.
 
     A block of 64 rows (with AVX2: 32) is stored column by column, half as many bytes each: byte i holds row i in its
@@ -238,7 +266,7 @@ def _unpack_int4_by_torch(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         pairs = stored[whole * columns // 2 :].view(columns, -1)
         weight[:, whole::2], weight[:, whole + 1 :: 2] = pairs & 15, pairs >> 4
     grouped = weight.view(len(scale), -1, rows)
-    torch.addcmul(zero.unsqueeze(1), grouped, scale.unsqueeze(1), out=grouped)
+    torch.addcmul(shift.unsqueeze(1), grouped, scale.unsqueeze(1), out=grouped)
     return weight
 
 

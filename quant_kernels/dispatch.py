@@ -14,7 +14,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from quant_kernels import cpu, gpu, reference
+from quant_kernels import cpu, gpu, native, reference
 from quant_kernels.layout import LinearSpec, Packed, check
 from quant_kernels.reference import DequantizeRows
 
@@ -33,6 +33,8 @@ class Route:
     most_tokens: float
     summary: str
     linear: Linear
+    is_open: Callable[[], bool] = lambda: True
+    """Whether this machine has what it takes."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,17 @@ class Kernel:
 
     @property
     def summary(self) -> str:
-        """All routes in words."""
-        first, *others = self.routes
-        limits = [route.most_tokens for route in self.routes]
-        return "; ".join([first.summary, *(f"past {limit} tokens {route.summary}"
-                                           for limit, route in zip(limits, others, strict=False))])  # fmt: skip
+        """The routes that are open, in words."""
+        words, limit = [], 0.0
+        for route in self.routes:
+            if route.is_open() and route.most_tokens > limit:
+                words.append(f"past {limit:.0f} tokens {route.summary}" if limit else route.summary)
+                limit = route.most_tokens
+        return "; ".join(words)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-        """x [tokens, in] → [tokens, out], by the route for so many tokens."""
-        route = next(route for route in self.routes if len(x) <= route.most_tokens)
+        """x [tokens, in] → [tokens, out], by the first open route for so many tokens."""
+        route = next(route for route in self.routes if len(x) <= route.most_tokens and route.is_open())
         return route.linear(x, packed, bias)
 
 
@@ -79,6 +83,8 @@ KERNELS: tuple[Kernel, ...] = (
         Route(inf, "our Triton kernel on 8-bit weights", gpu.linear_int8),
     )),
     Kernel("cpu_int4", ("cpu",), BF16, cpu.int4_objection, cpu.pack_int4, cpu.dequantize_int4_rows, (
+        Route(cpu.INT4_MATRIX_UNIT_TOKENS, "torch's int4 matrix product", cpu.linear_int4),
+        Route(inf, "unpacked in C for the matrix unit", cpu.linear_int4_matrix_unit, native.has_matrix_unit),
         Route(cpu.INT4_MOST_TOKENS, "torch's int4 matrix product", cpu.linear_int4),
         Route(inf, "unpacked by chunks, then torch's matrix product", cpu.linear_int4_by_chunks),
     )),

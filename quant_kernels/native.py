@@ -1,8 +1,12 @@
-"""The one loop that torch has no fast operator for, in C: int4 weights to bfloat16, for products with many tokens.
+"""What torch has no fast operator for on a CPU, in C: int4 weights and many tokens.
 
-Torch's own operations pass over the weight eight times, which takes as long as the product with 512 tokens; `unpack.c`
-passes over it once, in a tenth of that. It is compiled for this very processor when it is first needed, in a fifth of a
-second, and forgotten with the process. Where there is no C compiler, `unpacker()` is None and torch does it.
+Torch's integer product unpacks the weight anew for every few tokens; unpacking it once, with torch's own operations,
+passes over it eight times, which takes as long as the product with 512 tokens. `cpu.c` does it in one pass, and where
+the processor has a matrix unit (AMX) also multiplies: the unit works on one part of the weight while the next one is
+unpacked, so that hardly more time goes by than for a weight in bfloat16.
+
+It is compiled for this very processor when it is first needed, in a fifth of a second, and forgotten with the process.
+Where there is no C compiler, or no AVX512, `loops()` is None, and torch does it all.
 """
 
 from __future__ import annotations
@@ -11,8 +15,7 @@ import ctypes
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from shutil import which
@@ -20,51 +23,60 @@ from shutil import which
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("unpack.c")
+SOURCE = Path(__file__).with_name("cpu.c")
 COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 BLOCK_ROWS = 64
-"""Of the layout that `unpack.c` reads, torch's for AVX512."""
+"""Of the layout that `cpu.c` reads, torch's for AVX512."""
 
-Unpacker = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""(packed uint8 [rows, columns / 2], scale, zero float32 [groups, rows], out bfloat16 [columns, rows]): fills `out`."""
+
+@dataclass(frozen=True)
+class Loops:
+    """The compiled functions. Tensors are contiguous, packed is uint8 [rows, columns / 2], scale and shift are float32
+    [groups, rows] with a power of two of columns to a group; a weight is code · scale + shift."""
+
+    library: ctypes.CDLL
+    matrix_unit: bool
+
+    def unpack(self, packed: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+        """Fills `out`, bfloat16 [columns, rows]. Rows are whole blocks."""
+        columns, rows = out.shape
+        group = columns // len(scale)
+        self.library.unpack_int4(*_pointers(packed, scale, shift, out), columns, group, rows, torch.get_num_threads())
+
+    def multiply(self, x: Tensor, packed: Tensor, scale: Tensor, shift: Tensor, y: Tensor) -> None:
+        """Fills the whole blocks of y, bfloat16 [tokens, rows], with x · weightᵀ; x: bfloat16 [tokens, columns]."""
+        (tokens, columns), rows = x.shape, y.shape[1]
+        sizes = tokens, columns, columns // len(scale), rows
+        self.library.linear_int4(*_pointers(x, packed, scale, shift, y), *sizes, torch.get_num_threads())
 
 
 @cache
-def unpacker() -> Unpacker | None:
-    """The compiled loop, or None where nothing compiles it. It takes whole blocks of 64 rows, all contiguous."""
+def loops() -> Loops | None:
+    """The loops, or None where nothing compiles them."""
     compiler = next(filter(None, map(which, COMPILERS)), None)
-    if compiler is None or sys.platform != "linux":
+    if compiler is None or sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "unpack.so"
-        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
+        file = Path(folder) / "cpu.so"
         try:
-            subprocess.run(command, check=True, capture_output=True)
-            function = ctypes.CDLL(str(library)).unpack_int4
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(file)], check=True, capture_output=True)
+            library = ctypes.CDLL(str(file))
         except (OSError, subprocess.CalledProcessError):
             return None
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5
-    function.restype = None
-
-    def unpack(packed: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> None:
-        columns, rows = out.shape
-        blocks = rows // BLOCK_ROWS
-        threads = min(torch.get_num_threads(), blocks)
-        pointers = [each.data_ptr() for each in (packed, scale, zero, out)]
-
-        def part(index: int) -> None:
-            first, last = (blocks * each // threads for each in (index, index + 1))
-            function(*pointers, first, last, columns, columns // len(scale), rows)
-
-        if threads == 1:
-            part(0)
-        else:
-            list(_pool(threads).map(part, range(threads)))
-
-    return unpack
+    for name, tensors, sizes in (("unpack_int4", 4, 3), ("linear_int4", 5, 4)):
+        if hasattr(library, name):
+            function = getattr(library, name)
+            function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * sizes + [ctypes.c_int]
+            function.restype = None
+    return Loops(library, hasattr(library, "linear_int4") and bool(library.has_matrix_unit()))
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that run beside each other: a call into C holds no lock."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="unpack")
+def has_matrix_unit() -> bool:
+    """Whether `Loops.multiply` can be called here."""
+    found = loops()
+    return found is not None and found.matrix_unit
+
+
+def _pointers(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

@@ -9,8 +9,8 @@ import torch
 
 from quant_kernels import cpu, native
 
-needs_compiler = pytest.mark.skipif(native.unpacker() is None, reason="no C compiler here")
-needs_blocks = pytest.mark.skipif(cpu.instruction_set() != "AVX512", reason="torch packs other blocks here")
+needs_loops = pytest.mark.skipif(native.loops() is None, reason="no C compiler, or no AVX512, here")
+needs_matrix_unit = pytest.mark.skipif(not native.has_matrix_unit(), reason="no AMX here")
 
 
 @pytest.fixture
@@ -29,26 +29,25 @@ def weight(rows: int, columns: int, groups: int) -> tuple[torch.Tensor, torch.Te
     return packed, scale, zero
 
 
-@needs_compiler
-@needs_blocks
+@needs_loops
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("rows", "columns", "groups"), [(64, 32, 1), (128, 256, 2), (192, 320, 10)])
 def test_the_loop_rounds_what_torch_computes_to_nearest_even(rows: int, columns: int, groups: int) -> None:
     packed, scale, zero = weight(rows, columns, groups)
     out = torch.full((columns, rows), torch.nan, dtype=torch.bfloat16)
-    unpack = native.unpacker()
-    assert unpack is not None
-    unpack(packed, scale, zero, out)
+    loops = native.loops()
+    assert loops is not None
+    loops.unpack(packed, scale, zero, out)
     assert torch.equal(out, cpu._unpack_int4_by_torch(packed, scale, zero).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("compilers", [(), ("false",)], ids=["none is there", "it fails"])
-def test_without_a_compiler_there_is_no_loop(compilers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_there_are_no_loops(compilers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "COMPILERS", compilers)
-    assert native.unpacker.__wrapped__() is None
+    assert native.loops.__wrapped__() is None
 
 
-@needs_blocks
+@needs_loops
 def test_a_layer_is_the_same_with_and_without_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "product_dtype", lambda: torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
@@ -56,5 +55,25 @@ def test_a_layer_is_the_same_with_and_without_the_loop(monkeypatch: pytest.Monke
     packed = cpu.pack_int4(codes, torch.rand(208, 2, generator=generator), None, 4)
     x = torch.randn(70, 256, generator=generator).to(torch.bfloat16)
     with_loop = cpu.linear_int4_by_chunks(x, packed)
-    monkeypatch.setattr(native, "unpacker", lambda: None)
+    monkeypatch.setattr(native, "loops", lambda: None)
     assert torch.equal(cpu.linear_int4_by_chunks(x, packed), with_loop)
+
+
+@needs_matrix_unit
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("tokens", [1, 9, 32, 33, 100])
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(64, 32, 1), (208, 1088, 17), (80, 4096, 16), (320, 2048, 8)])
+def test_the_matrix_unit_multiplies_by_the_rounded_weight(tokens: int, rows: int, columns: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(rows + columns)
+    codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, generator=generator)
+    scale = (torch.rand(rows, groups, generator=generator) - 0.5).to(torch.bfloat16)
+    zero_point = torch.randint(-8, 8, (rows, groups), dtype=torch.int8, generator=generator)
+    packed = cpu.pack_int4(codes, scale, zero_point, 4)
+    x = torch.randn(tokens, columns, generator=generator).to(torch.bfloat16)
+    bias = torch.randn(rows, generator=generator).to(torch.bfloat16)
+    weight = cpu.dequantize_int4_rows(packed, 0, rows, torch.bfloat16).double()
+    exact = x.double() @ weight.T
+    y = cpu.linear_int4_matrix_unit(x, packed)
+    rounding = 2.0**-8 * exact.abs() + 2.0**-20 * (x.double().abs() @ weight.abs().T)
+    assert bool(((y.double() - exact).abs() <= rounding).all())
+    assert torch.equal(cpu.linear_int4_matrix_unit(x, packed, bias), y + bias)
