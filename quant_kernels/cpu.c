@@ -1,4 +1,4 @@
-/* int4 weights for many tokens, in the layout of torch's _weight_int4pack_mm_for_cpu with AVX512.
+/* int4 weights for one token and for many, in the layout of torch's _weight_int4pack_mm_for_cpu with AVX512.
 
    packed: [blocks][columns][32] bytes; byte i holds row i of a block of 64 in its low nibble, row i + 32 in its high one.
    scale, shift: float [groups][rows], groups of a power of two of columns; a weight is nibble * scale + shift, rounded to
@@ -55,6 +55,59 @@ void unpack_int4(const uint8_t *packed, const float *scale, const float *shift, 
         _mm256_storeu_si256((__m256i *)(out + k * rows + row + 16 * part + 32), rounded(high));
       }
 }
+
+#ifdef __AVX512BF16__
+/* Sixteen of the floats that belong to a block's rows: eight, and the eight that are sixteen rows further. */
+static inline __m512 halves(const float *from) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(from)), _mm256_loadu_ps(from + 16), 1);
+}
+
+/* Codes 0 … 15 of 32 bytes as bfloat16 numbers 128 + code: the code is the last of the mantissa's bits. */
+static inline __m512bh raised(__m256i codes) {
+  return (__m512bh)_mm512_or_si512(_mm512_cvtepu8_epi16(codes), _mm512_set1_epi16(0x4300));
+}
+
+/* x: bfloat16 [columns]. y = weight · x, bfloat16 [rows]. Two columns at a time; what 128 adds is taken off by group. */
+void dot_int4(const uint16_t *x, const uint8_t *packed, const float *scale, const float *shift, uint16_t *y,
+              int64_t columns, int64_t group, int64_t rows, int threads) {
+  const uint32_t *pairs = (const uint32_t *)x;
+  const __m256i mask = _mm256_set1_epi8(15);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row += 64) {
+    const __m256i *from = (const __m256i *)(packed + row / 2 * columns);
+    __m512 total[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t g = 0; g < columns / group; g++) {
+      __m512 part[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+      __m512 sum = _mm512_setzero_ps();
+      const __m512bh one = (__m512bh)_mm512_set1_epi16(0x3F80);
+      for (int64_t k = g * group / 2; k < (g + 1) * group / 2; k++) {
+        __m256i even = _mm256_loadu_si256(from + 2 * k), odd = _mm256_loadu_si256(from + 2 * k + 1);
+        __m512bh value = (__m512bh)_mm512_set1_epi32((int)pairs[k]);
+        _mm_prefetch((const char *)(from + 2 * k) + 4096, _MM_HINT_T0);
+        __m256i left = _mm256_and_si256(even, mask), right = _mm256_and_si256(odd, mask);
+        part[0] = _mm512_dpbf16_ps(part[0], raised(_mm256_unpacklo_epi8(left, right)), value);
+        part[1] = _mm512_dpbf16_ps(part[1], raised(_mm256_unpackhi_epi8(left, right)), value);
+        left = _mm256_and_si256(_mm256_srli_epi16(even, 4), mask);
+        right = _mm256_and_si256(_mm256_srli_epi16(odd, 4), mask);
+        part[2] = _mm512_dpbf16_ps(part[2], raised(_mm256_unpacklo_epi8(left, right)), value);
+        part[3] = _mm512_dpbf16_ps(part[3], raised(_mm256_unpackhi_epi8(left, right)), value);
+        sum = _mm512_dpbf16_ps(sum, one, value);
+      }
+      for (int i = 0; i < 4; i++) {
+        int64_t at = g * rows + row + i / 2 * 32 + i % 2 * 8;
+        __m512 s = halves(scale + at), z = _mm512_fnmadd_ps(_mm512_set1_ps(128), s, halves(shift + at));
+        total[i] = _mm512_fmadd_ps(s, part[i], _mm512_fmadd_ps(z, sum, total[i]));
+      }
+    }
+    for (int i = 0; i < 4; i++) {
+      __m256i half = rounded(total[i]);
+      uint16_t *to = y + row + i / 2 * 32 + i % 2 * 8;
+      _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(half));
+      _mm_storeu_si128((__m128i *)(to + 16), _mm256_extracti128_si256(half, 1));
+    }
+  }
+}
+#endif
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <omp.h>

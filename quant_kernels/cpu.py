@@ -118,6 +118,17 @@ def linear_int4(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
     return y if bias is None else y + bias
 
 
+def linear_int4_dot(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The same for one token, where `native.has_dots()`."""
+    loops = native.loops()
+    assert loops is not None, "the route is open only where there are loops"
+    if packed.out_features % native.BLOCK_ROWS:
+        return linear_int4(x, packed, bias)
+    y = x.new_empty(1, packed.out_features)
+    loops.dot(x, packed.codes, *_affine(packed.scale), y)
+    return y if bias is None else y.add_(bias)
+
+
 def linear_int4_matrix_unit(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """The same for more than a few tokens, where `native.has_matrix_unit()`."""
     loops = native.loops()

@@ -83,6 +83,7 @@ KERNELS: tuple[Kernel, ...] = (
         Route(inf, "our Triton kernel on 8-bit weights", gpu.linear_int8),
     )),
     Kernel("cpu_int4", ("cpu",), BF16, cpu.int4_objection, cpu.pack_int4, cpu.dequantize_int4_rows, (
+        Route(1, "unpacked in C, two columns at a time", cpu.linear_int4_dot, native.has_dots),
         Route(cpu.INT4_MATRIX_UNIT_TOKENS, "torch's int4 matrix product", cpu.linear_int4),
         Route(inf, "unpacked in C for the matrix unit", cpu.linear_int4_matrix_unit, native.has_matrix_unit),
         Route(cpu.INT4_MOST_TOKENS, "torch's int4 matrix product", cpu.linear_int4),
@@ -161,6 +162,8 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
         )
     if unsuited := _dtype_objection(kernel, x.dtype):
         raise ValueError(f"{kernel.name} {unsuited}. Load the model again with the dtype you want")
+    if not x.numel():
+        return x.new_empty(*x.shape[:-1], packed.out_features)
     tokens = x.reshape(-1, packed.in_features).contiguous()
     return kernel.linear(tokens, packed, bias).view(*x.shape[:-1], packed.out_features)
 

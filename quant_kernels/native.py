@@ -1,4 +1,7 @@
-"""What torch has no fast operator for on a CPU, in C: int4 weights and many tokens.
+"""What torch has no fast enough operator for on a CPU, in C: int4 weights with one token, and with many.
+
+With one token the weight should take no longer than to be read: codes become bfloat16 numbers by a mask, which costs
+half of what torch spends on them, so that they keep up with the memory.
 
 Torch's integer product unpacks the weight anew for every few tokens; unpacking it once, with torch's own operations,
 passes over it eight times, which takes as long as the product with 512 tokens. `cpu.c` does it in one pass, and where
@@ -36,7 +39,16 @@ class Loops:
     [groups, rows] with a power of two of columns to a group; a weight is code · scale + shift."""
 
     library: ctypes.CDLL
+    dots: bool
+    """Whether `dot` can be called: with AVX512-BF16."""
     matrix_unit: bool
+    """Whether `multiply` can: with AMX, if the system lets us."""
+
+    def dot(self, x: Tensor, packed: Tensor, scale: Tensor, shift: Tensor, y: Tensor) -> None:
+        """Fills y, bfloat16 [1, rows], with x · weightᵀ; x: bfloat16 [1, columns]. Rows are whole blocks."""
+        columns, rows = x.shape[1], y.shape[1]
+        sizes = columns, columns // len(scale), rows
+        self.library.dot_int4(*_pointers(x, packed, scale, shift, y), *sizes, torch.get_num_threads())
 
     def unpack(self, packed: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
         """Fills `out`, bfloat16 [columns, rows]. Rows are whole blocks."""
@@ -64,12 +76,19 @@ def loops() -> Loops | None:
             library = ctypes.CDLL(str(file))
         except (OSError, subprocess.CalledProcessError):
             return None
-    for name, tensors, sizes in (("unpack_int4", 4, 3), ("linear_int4", 5, 4)):
+    for name, tensors, sizes in (("unpack_int4", 4, 3), ("dot_int4", 5, 3), ("linear_int4", 5, 4)):
         if hasattr(library, name):
             function = getattr(library, name)
             function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * sizes + [ctypes.c_int]
             function.restype = None
-    return Loops(library, hasattr(library, "linear_int4") and bool(library.has_matrix_unit()))
+    matrix_unit = hasattr(library, "linear_int4") and bool(library.has_matrix_unit())
+    return Loops(library, hasattr(library, "dot_int4"), matrix_unit)
+
+
+def has_dots() -> bool:
+    """Whether `Loops.dot` can be called here."""
+    found = loops()
+    return found is not None and found.dots
 
 
 def has_matrix_unit() -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from quant_kernels import cpu, native
+from quant_kernels import Packed, cpu, native
 
 needs_loops = pytest.mark.skipif(native.loops() is None, reason="no C compiler, or no AVX512, here")
+needs_dots = pytest.mark.skipif(not native.has_dots(), reason="no AVX512-BF16 here")
 needs_matrix_unit = pytest.mark.skipif(not native.has_matrix_unit(), reason="no AMX here")
 
 
@@ -27,6 +28,17 @@ def weight(rows: int, columns: int, groups: int) -> tuple[torch.Tensor, torch.Te
     packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=generator)
     scale, zero = torch.randn(2, groups, rows, generator=generator)
     return packed, scale, zero
+
+
+def problem(tokens: int, rows: int, columns: int, groups: int) -> tuple[Packed, torch.Tensor, torch.Tensor]:
+    """A packed weight with scales of both signs and zero points; activations with a mean; a bias."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, generator=generator)
+    scale = (torch.rand(rows, groups, generator=generator) - 0.5).to(torch.bfloat16)
+    zero_point = torch.randint(-8, 8, (rows, groups), dtype=torch.int8, generator=generator)
+    x = torch.randn(tokens, columns, generator=generator) + 0.5
+    bias = torch.randn(rows, generator=generator)
+    return cpu.pack_int4(codes, scale, zero_point, 4), x.to(torch.bfloat16), bias.to(torch.bfloat16)
 
 
 @needs_loops
@@ -59,18 +71,27 @@ def test_a_layer_is_the_same_with_and_without_the_loop(monkeypatch: pytest.Monke
     assert torch.equal(cpu.linear_int4_by_chunks(x, packed), with_loop)
 
 
+@needs_dots
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(64, 32, 1), (80, 64, 2), (192, 1088, 17), (320, 2048, 8)])
+def test_one_token_meets_the_exact_weight(rows: int, columns: int, groups: int) -> None:
+    packed, x, bias = problem(1, rows, columns, groups)
+    weight = cpu.dequantize_int4_rows(packed, 0, rows, torch.float32).double()
+    exact = x.double() @ weight.T
+    y = cpu.linear_int4_dot(x, packed)
+    # A code is summed as 128 + code, so that sums in float32 lose up to 16 times as much.
+    steps = 2.0**-18 * (x.double().abs() @ weight.abs().T)
+    torch_rounds = 0 if rows % native.BLOCK_ROWS == 0 else 2.0**-8 * (x.double().abs() @ weight.abs().T)
+    assert bool(((y.double() - exact).abs() <= 2.0**-8 * exact.abs() + steps + torch_rounds).all())
+    assert torch.equal(cpu.linear_int4_dot(x, packed, bias), y + bias)
+
+
 @needs_matrix_unit
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("tokens", [1, 9, 32, 33, 100])
 @pytest.mark.parametrize(("rows", "columns", "groups"), [(64, 32, 1), (208, 1088, 17), (80, 4096, 16), (320, 2048, 8)])
 def test_the_matrix_unit_multiplies_by_the_rounded_weight(tokens: int, rows: int, columns: int, groups: int) -> None:
-    generator = torch.Generator().manual_seed(rows + columns)
-    codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, generator=generator)
-    scale = (torch.rand(rows, groups, generator=generator) - 0.5).to(torch.bfloat16)
-    zero_point = torch.randint(-8, 8, (rows, groups), dtype=torch.int8, generator=generator)
-    packed = cpu.pack_int4(codes, scale, zero_point, 4)
-    x = torch.randn(tokens, columns, generator=generator).to(torch.bfloat16)
-    bias = torch.randn(rows, generator=generator).to(torch.bfloat16)
+    packed, x, bias = problem(tokens, rows, columns, groups)
     weight = cpu.dequantize_int4_rows(packed, 0, rows, torch.bfloat16).double()
     exact = x.double() @ weight.T
     y = cpu.linear_int4_matrix_unit(x, packed)
