@@ -1,8 +1,8 @@
 /* int4 weights for one token and for many, in the layout of torch's _weight_int4pack_mm_for_cpu with AVX512.
 
    packed: [blocks][columns][32] bytes; byte i holds row i of a block of 64 in its low nibble, row i + 32 in its high one.
-   scale, shift: float [groups][rows], groups of a power of two of columns; a weight is nibble * scale + shift, rounded to
-   nearest even to bfloat16.
+   grid: [groups][rows], two bfloat16 numbers to a word, scale and zero, groups of a power of two of columns. A weight is
+   (nibble - 8) * scale + zero, for many tokens rounded to nearest even to bfloat16.
    Threads are torch's own: it uses OpenMP, and this is linked to the same library. */
 
 #include <immintrin.h>
@@ -12,10 +12,28 @@
 
 typedef struct {
   const uint8_t *packed;
-  const float *scale, *shift;
+  float *scale, *shift; /* [groups][rows]: a weight is nibble * scale + shift */
   int64_t columns, rows;
   int bits; /* a group of columns has 2^bits */
 } Weight;
+
+static inline void affine(__m512i grid, __m512 *scale, __m512 *shift) {
+  __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(grid, _mm512_set1_epi32((int)0xffff0000)));
+  *scale = _mm512_castsi512_ps(_mm512_slli_epi32(grid, 16));
+  *shift = _mm512_fnmadd_ps(_mm512_set1_ps(8), *scale, zero);
+}
+
+static Weight open_weight(const uint8_t *packed, const uint32_t *grid, int64_t columns, int64_t group, int64_t rows) {
+  int64_t count = columns / group * rows; /* rows are a multiple of 16 */
+  float *scale = malloc(2 * count * sizeof(float)), *shift = scale + count;
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512 s, z;
+    affine(_mm512_loadu_si512(grid + i), &s, &z);
+    _mm512_storeu_ps(scale + i, s);
+    _mm512_storeu_ps(shift + i, z);
+  }
+  return (Weight){packed, scale, shift, columns, rows, __builtin_ctzll(group)};
+}
 
 static inline __m512 floats(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
 
@@ -42,9 +60,9 @@ static inline __m256i rounded(__m512 value) {
 }
 
 /* out: bfloat16 [columns][rows], the weight transposed. */
-void unpack_int4(const uint8_t *packed, const float *scale, const float *shift, uint16_t *out, int64_t columns,
-                 int64_t group, int64_t rows, int threads) {
-  const Weight w = {packed, scale, shift, columns, rows, __builtin_ctzll(group)};
+void unpack_int4(const uint8_t *packed, const uint32_t *grid, uint16_t *out, int64_t columns, int64_t group,
+                 int64_t rows, int threads) {
+  const Weight w = open_weight(packed, grid, columns, group, rows);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row += 64)
     for (int64_t k = 0; k < columns; k++)
@@ -54,22 +72,18 @@ void unpack_int4(const uint8_t *packed, const float *scale, const float *shift, 
         _mm256_storeu_si256((__m256i *)(out + k * rows + row + 16 * part), rounded(low));
         _mm256_storeu_si256((__m256i *)(out + k * rows + row + 16 * part + 32), rounded(high));
       }
+  free(w.scale);
 }
 
 #ifdef __AVX512BF16__
-/* Sixteen of the floats that belong to a block's rows: eight, and the eight that are sixteen rows further. */
-static inline __m512 halves(const float *from) {
-  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(from)), _mm256_loadu_ps(from + 16), 1);
-}
-
 /* Codes 0 … 15 of 32 bytes as bfloat16 numbers 128 + code: the code is the last of the mantissa's bits. */
 static inline __m512bh raised(__m256i codes) {
   return (__m512bh)_mm512_or_si512(_mm512_cvtepu8_epi16(codes), _mm512_set1_epi16(0x4300));
 }
 
 /* x: bfloat16 [columns]. y = weight · x, bfloat16 [rows]. Two columns at a time; what 128 adds is taken off by group. */
-void dot_int4(const uint16_t *x, const uint8_t *packed, const float *scale, const float *shift, uint16_t *y,
-              int64_t columns, int64_t group, int64_t rows, int threads) {
+void dot_int4(const uint16_t *x, const uint8_t *packed, const uint32_t *grid, uint16_t *y, int64_t columns,
+              int64_t group, int64_t rows, int threads) {
   const uint32_t *pairs = (const uint32_t *)x;
   const __m256i mask = _mm256_set1_epi8(15);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -94,9 +108,13 @@ void dot_int4(const uint16_t *x, const uint8_t *packed, const float *scale, cons
         sum = _mm512_dpbf16_ps(sum, one, value);
       }
       for (int i = 0; i < 4; i++) {
-        int64_t at = g * rows + row + i / 2 * 32 + i % 2 * 8;
-        __m512 s = halves(scale + at), z = _mm512_fnmadd_ps(_mm512_set1_ps(128), s, halves(shift + at));
-        total[i] = _mm512_fmadd_ps(s, part[i], _mm512_fmadd_ps(z, sum, total[i]));
+        /* eight rows, and the eight that are sixteen further */
+        const __m256i *words = (const __m256i *)(grid + g * rows + row + i / 2 * 32 + i % 2 * 8);
+        __m512 scale, shift;
+        affine(_mm512_inserti32x8(_mm512_castsi256_si512(_mm256_loadu_si256(words)), _mm256_loadu_si256(words + 2), 1),
+               &scale, &shift);
+        shift = _mm512_fnmadd_ps(_mm512_set1_ps(128), scale, shift);
+        total[i] = _mm512_fmadd_ps(scale, part[i], _mm512_fmadd_ps(shift, sum, total[i]));
       }
     }
     for (int i = 0; i < 4; i++) {
@@ -184,9 +202,9 @@ static void multiply(const Weight *w, const uint16_t *tiles, uint16_t *y, int64_
 }
 
 /* x: bfloat16 [tokens][columns], columns a multiple of 32. y = x · weightᵀ, bfloat16 [tokens][rows]. */
-void linear_int4(const uint16_t *x, const uint8_t *packed, const float *scale, const float *shift, uint16_t *y,
-                 int64_t tokens, int64_t columns, int64_t group, int64_t rows, int threads) {
-  const Weight w = {packed, scale, shift, columns, rows, __builtin_ctzll(group)};
+void linear_int4(const uint16_t *x, const uint8_t *packed, const uint32_t *grid, uint16_t *y, int64_t tokens,
+                 int64_t columns, int64_t group, int64_t rows, int threads) {
+  const Weight w = open_weight(packed, grid, columns, group, rows);
   int64_t steps = columns / 32, high = (tokens + 31) / 32 * 2;
   uint16_t *tiles = aligned_alloc(64, high * steps * TILE * sizeof(uint16_t));
 #pragma omp parallel num_threads(threads)
@@ -201,7 +219,7 @@ void linear_int4(const uint16_t *x, const uint8_t *packed, const float *scale, c
     int64_t first = blocks * thread / all * 64, last = blocks * (thread + 1) / all * 64;
     if (first < last) multiply(&w, tiles, y, tokens, first, last);
   }
-  free(tiles);
+  free(tiles), free(w.scale);
 }
 
 /* Whether the system lets this process use the matrix unit. */

@@ -125,7 +125,7 @@ def linear_int4_dot(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Te
     if packed.out_features % native.BLOCK_ROWS:
         return linear_int4(x, packed, bias)
     y = x.new_empty(1, packed.out_features)
-    loops.dot(x, packed.codes, *_affine(packed.scale), y)
+    loops.dot(x, packed.codes, packed.scale, y)
     return y if bias is None else y.add_(bias)
 
 
@@ -134,7 +134,7 @@ def linear_int4_matrix_unit(x: Tensor, packed: Packed, bias: Tensor | None = Non
     loops = native.loops()
     assert loops is not None, "the route is open only where there are loops"
     y = x.new_empty(x.shape[0], packed.out_features)
-    loops.multiply(x, packed.codes, *_affine(packed.scale), y)
+    loops.multiply(x, packed.codes, packed.scale, y)
     if rest := packed.out_features % native.BLOCK_ROWS:
         start = packed.out_features - rest
         y[:, start:] = x @ dequantize_int4_rows(packed, start, packed.out_features, x.dtype).T
@@ -244,28 +244,22 @@ def _unpack_int8(packed: Packed, start: int, stop: int, buffer: Tensor) -> Tenso
 def _unpack_int4(packed: Packed, start: int, stop: int, buffer: Tensor) -> Tensor:
     """The inverse of `_convert_weight_to_int4pack_for_cpu` for some rows, and their scales and zeros applied."""
     out = buffer.view(packed.in_features, stop - start)
-    codes, (scale, shift) = packed.codes[start:stop], _affine(packed.scale[:, start:stop])
+    codes, grid = packed.codes[start:stop], packed.scale[:, start:stop].contiguous()
     loops = native.loops() if (stop - start) % native.BLOCK_ROWS == 0 and out.dtype == torch.bfloat16 else None
     if loops is None:
-        return out.copy_(_unpack_int4_by_torch(codes, scale, shift))
-    loops.unpack(codes, scale, shift, out)
+        return out.copy_(_unpack_int4_by_torch(codes, grid))
+    loops.unpack(codes, grid, out)
     return out
 
 
-def _affine(scale: Tensor) -> Tensor:
-    """[groups, rows, 2], scale and zero → float32 [2, groups, rows], by which codes 0 … 15 are multiplied and moved."""
-    both = scale.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-    both[1].sub_(both[0], alpha=8)
-    return both
-
-
-def _unpack_int4_by_torch(codes: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The same for codes [rows, in / 2] and float32 [groups, rows], in float32.
+def _unpack_int4_by_torch(codes: Tensor, grid: Tensor) -> Tensor:
+    """The same for codes [rows, in / 2] and scales and zeros [groups, rows, 2], in float32.
 
     A block of 64 rows (with AVX2: 32) is stored column by column, half as many bytes each: byte i holds row i in its
     low nibble and row i + 32 (with AVX2: i + 16) in its high one. In a last, smaller block, byte i holds rows 2i and
     2i + 1.
     """
+    scale, zero = grid[:, None].permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     rows, columns, block = len(codes), 2 * codes.shape[1], BLOCK_ROWS[instruction_set()]
     whole = rows // block * block
     stored = codes.view(-1)
@@ -277,7 +271,7 @@ def _unpack_int4_by_torch(codes: Tensor, scale: Tensor, shift: Tensor) -> Tensor
         pairs = stored[whole * columns // 2 :].view(columns, -1)
         weight[:, whole::2], weight[:, whole + 1 :: 2] = pairs & 15, pairs >> 4
     grouped = weight.view(len(scale), -1, rows)
-    torch.addcmul(shift.unsqueeze(1), grouped, scale.unsqueeze(1), out=grouped)
+    torch.addcmul(zero - 8 * scale, grouped, scale, out=grouped)
     return weight
 
 

@@ -35,8 +35,8 @@ BLOCK_ROWS = 64
 
 @dataclass(frozen=True)
 class Loops:
-    """The compiled functions. Tensors are contiguous, packed is uint8 [rows, columns / 2], scale and shift are float32
-    [groups, rows] with a power of two of columns to a group; a weight is code · scale + shift."""
+    """The compiled functions. Tensors are contiguous; packed: uint8 [rows, columns / 2], grid: bfloat16 [groups, rows,
+    2], scales and zeros, with a power of two of columns to a group, as torch's own operator has them."""
 
     library: ctypes.CDLL
     dots: bool
@@ -44,23 +44,23 @@ class Loops:
     matrix_unit: bool
     """Whether `multiply` can: with AMX, if the system lets us."""
 
-    def dot(self, x: Tensor, packed: Tensor, scale: Tensor, shift: Tensor, y: Tensor) -> None:
+    def dot(self, x: Tensor, packed: Tensor, grid: Tensor, y: Tensor) -> None:
         """Fills y, bfloat16 [1, rows], with x · weightᵀ; x: bfloat16 [1, columns]. Rows are whole blocks."""
         columns, rows = x.shape[1], y.shape[1]
-        sizes = columns, columns // len(scale), rows
-        self.library.dot_int4(*_pointers(x, packed, scale, shift, y), *sizes, torch.get_num_threads())
+        sizes = columns, columns // len(grid), rows
+        self.library.dot_int4(*_pointers(x, packed, grid, y), *sizes, torch.get_num_threads())
 
-    def unpack(self, packed: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    def unpack(self, packed: Tensor, grid: Tensor, out: Tensor) -> None:
         """Fills `out`, bfloat16 [columns, rows]. Rows are whole blocks."""
         columns, rows = out.shape
-        group = columns // len(scale)
-        self.library.unpack_int4(*_pointers(packed, scale, shift, out), columns, group, rows, torch.get_num_threads())
+        group = columns // len(grid)
+        self.library.unpack_int4(*_pointers(packed, grid, out), columns, group, rows, torch.get_num_threads())
 
-    def multiply(self, x: Tensor, packed: Tensor, scale: Tensor, shift: Tensor, y: Tensor) -> None:
+    def multiply(self, x: Tensor, packed: Tensor, grid: Tensor, y: Tensor) -> None:
         """Fills the whole blocks of y, bfloat16 [tokens, rows], with x · weightᵀ; x: bfloat16 [tokens, columns]."""
         (tokens, columns), rows = x.shape, y.shape[1]
-        sizes = tokens, columns, columns // len(scale), rows
-        self.library.linear_int4(*_pointers(x, packed, scale, shift, y), *sizes, torch.get_num_threads())
+        sizes = tokens, columns, columns // len(grid), rows
+        self.library.linear_int4(*_pointers(x, packed, grid, y), *sizes, torch.get_num_threads())
 
 
 @cache
@@ -76,7 +76,7 @@ def loops() -> Loops | None:
             library = ctypes.CDLL(str(file))
         except (OSError, subprocess.CalledProcessError):
             return None
-    for name, tensors, sizes in (("unpack_int4", 4, 3), ("dot_int4", 5, 3), ("linear_int4", 5, 4)):
+    for name, tensors, sizes in (("unpack_int4", 3, 3), ("dot_int4", 4, 3), ("linear_int4", 4, 4)):
         if hasattr(library, name):
             function = getattr(library, name)
             function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_int64] * sizes + [ctypes.c_int]

@@ -22,12 +22,11 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def weight(rows: int, columns: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bytes of all values, scales of both signs, zeros."""
+def weight(rows: int, columns: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes of all values; scales of both signs, and zeros."""
     generator = torch.Generator().manual_seed(rows + columns)
     packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=generator)
-    scale, zero = torch.randn(2, groups, rows, generator=generator)
-    return packed, scale, zero
+    return packed, torch.randn(groups, rows, 2, generator=generator).to(torch.bfloat16)
 
 
 def problem(tokens: int, rows: int, columns: int, groups: int) -> tuple[Packed, torch.Tensor, torch.Tensor]:
@@ -45,12 +44,12 @@ def problem(tokens: int, rows: int, columns: int, groups: int) -> tuple[Packed, 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("rows", "columns", "groups"), [(64, 32, 1), (128, 256, 2), (192, 320, 10)])
 def test_the_loop_rounds_what_torch_computes_to_nearest_even(rows: int, columns: int, groups: int) -> None:
-    packed, scale, zero = weight(rows, columns, groups)
+    packed, grid = weight(rows, columns, groups)
     out = torch.full((columns, rows), torch.nan, dtype=torch.bfloat16)
     loops = native.loops()
     assert loops is not None
-    loops.unpack(packed, scale, zero, out)
-    assert torch.equal(out, cpu._unpack_int4_by_torch(packed, scale, zero).to(torch.bfloat16))
+    loops.unpack(packed, grid, out)
+    assert torch.equal(out, cpu._unpack_int4_by_torch(packed, grid).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("compilers", [(), ("false",)], ids=["none is there", "it fails"])
