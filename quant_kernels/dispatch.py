@@ -97,6 +97,7 @@ KERNELS: tuple[Kernel, ...] = (
         Route(inf, "dequantizes a chunk of rows at a time, then torch's matrix product", reference.linear_reference),
     )),
 )  # fmt: skip
+_BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,12 @@ def pack(
     rows, columns = codes.shape
     backend = choose(bits, columns // scale.shape[1], zero_point is None, dtype, device, columns, rows)
     moved = None if zero_point is None else zero_point.to(device)
-    return _kernel(backend.name).pack(codes.to(device), scale.to(device), moved, bits)
+    return _BY_NAME[backend.name].pack(codes.to(device), scale.to(device), moved, bits)
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., in] → [..., out] in the type of x. Raises ValueError where x does not suit the weight."""
-    kernel = _kernel(packed.kernel)
+    kernel = _BY_NAME[packed.kernel]
     if x.shape[-1] != packed.in_features:
         raise ValueError(f"x has shape {[*x.shape]}, but the layer has in_features={packed.in_features}")
     if x.device != packed.codes.device or (kernel.devices and x.device.type not in kernel.devices):
@@ -170,7 +171,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [out, in] that the layer computes with."""
-    return _kernel(packed.kernel).dequantize_rows(packed, 0, packed.out_features, dtype)
+    return _BY_NAME[packed.kernel].dequantize_rows(packed, 0, packed.out_features, dtype)
 
 
 def _dtype_objection(kernel: Kernel, dtype: torch.dtype) -> str | None:
@@ -179,7 +180,3 @@ def _dtype_objection(kernel: Kernel, dtype: torch.dtype) -> str | None:
     takes, got = (" or ".join(str(each).removeprefix("torch.") for each in types)
                   for types in (kernel.dtypes, (dtype,)))  # fmt: skip
     return f"needs {takes} activations, not {got}"
-
-
-def _kernel(name: str) -> Kernel:
-    return next(kernel for kernel in KERNELS if kernel.name == name)

@@ -105,7 +105,8 @@ def linear_int4_dense(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
 
 def dequantize_int2_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Rows `start` to `stop` of the weight, the first a multiple of 64."""
-    from quant_kernels.two_bit_words import SIGNED_ZERO, TILE_ROWS, unpack_two_bits
+    from quant_kernels.two_bit_words import SIGNED_ZERO, unpack_two_bits
+    from quant_kernels.words import TILE_ROWS
 
     words = packed.codes[start // TILE_ROWS : -(-stop // TILE_ROWS)]
     codes = unpack_two_bits(words, stop - start, packed.in_features)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class QuantLinear(nn.Module):
         self.out_features = packed.out_features
         self.grid = grid
         self.backend = packed.kernel
+        self._packed: Packed | None = None
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scale", packed.scale)
         self.register_buffer("zero_point", packed.zero_point)
@@ -60,15 +61,15 @@ class QuantLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        return Packed(
-            self.backend,
-            self.grid.bits,
-            self.out_features,
-            self.in_features,
-            self.codes,
-            self.scale,
-            self.zero_point,
-        )
+        """The buffers as a weight; made once, since looking up a module's buffers takes longer than a small layer."""
+        if self._packed is None:
+            tensors = self.codes, self.scale, self.zero_point
+            self._packed = Packed(self.backend, self.grid.bits, self.out_features, self.in_features, *tensors)
+        return self._packed
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
+        self._packed = None
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         return quant_kernels.linear(x, self.packed, self.bias)
