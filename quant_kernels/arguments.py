@@ -23,3 +23,15 @@ def expect(
         raise ValueError(f"{name} has strides {tensor.stride()}, which are not contiguous. Call .contiguous()")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, x on {device}. Move one of them")
+
+
+def group_size_of(scale: Tensor, inputs: int) -> int:
+    """Inputs that share a scale of [groups, outputs], 0: all. Raises ValueError unless kernels have such groups."""
+    groups = scale.shape[0]
+    if not groups or not inputs or inputs % groups:
+        raise ValueError(f"scale has {groups} groups, which do not divide the {inputs} inputs of x. Pad the weight")
+    group_size = inputs // groups
+    if groups > 1 and group_size not in (32, 64) and group_size % 128:
+        raise ValueError(f"scale has groups of {group_size} inputs: 32, 64, multiples of 128 or all {inputs} can be. "
+                         "Repeat scales to make groups smaller")  # fmt: skip
+    return group_size if groups > 1 else 0

@@ -16,7 +16,8 @@ from torch import Tensor
 from quant_kernels import library
 from quant_kernels.arguments import FLOATS
 from quant_kernels.gate import Gate, Variant
-from quant_kernels.w4a16 import check_weight, dequantize_plane
+from quant_kernels.packed_dot import dequantize_plane
+from quant_kernels.w4a16 import check_weight
 from quant_kernels.words import (
     SIGNED_ZERO,
     TILE_WORDS,

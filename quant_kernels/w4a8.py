@@ -303,5 +303,6 @@ def gates() -> tuple[Gate, ...]:
             )  # fmt: skip
             name = f"w4a8{'_grouped' * grouped} {config.block_m}x{config.block_n}x{config.block_k}"
             opcode = "IGMMA" if capability == 90 and config.swap else "IMMA"
-            made.append(Gate(name, variant, capability, opcode, instructions, representative=config in (FEW, MORE)))
+            representative = (capability, grouped, config) in ((90, False, FEW), (90, True, MORE), (80, False, MORE))
+            made.append(Gate(name, variant, capability, opcode, instructions, representative))
     return tuple(made)

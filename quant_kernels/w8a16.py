@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant_kernels import library
-from quant_kernels.arguments import FLOATS, expect
+from quant_kernels.arguments import FLOATS, expect, group_size_of
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.split_k import sum_splits, workspace
 from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
@@ -282,18 +282,13 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: 
     expect("x", x, FLOATS if library.INTERPRETED else FLOATS[:2], [None, None], x.device)
     expect("scale", scale, FLOATS, [None, None], x.device)
     (groups, outputs), inputs = scale.shape, x.shape[1]
-    if not groups or not inputs or inputs % groups:
-        raise ValueError(f"scale has {groups} groups, which do not divide the {inputs} inputs of x. Pad the weight")
-    group_size = inputs // groups
-    if groups > 1 and group_size not in (32, 64) and group_size % 128:
-        raise ValueError(f"scale has groups of {group_size} inputs: 32, 64, multiples of 128 or all {inputs} can be. "
-                         "Repeat scales to make groups smaller")  # fmt: skip
+    group_size = group_size_of(scale, inputs)
     expect("weight", weight, (torch.int8,), [outputs, triton.cdiv(inputs, STEP) * STEP], x.device)
     if zero is not None:
         expect("zero", zero, FLOATS, [groups, outputs], x.device)
     if bias is not None:
         expect("bias", bias, FLOATS, [outputs], x.device)
-    return group_size if groups > 1 else 0
+    return group_size
 
 
 library.register(
@@ -349,6 +344,6 @@ def gates() -> tuple[Gate, ...]:
             )  # fmt: skip
             name = f"w8a16{'_zero' * zero} {dtype} g{group_size} {config.block_m}x{config.block_n}"
             opcode = "HGMMA" if capability == 90 and config.block_m > 16 else "HMMA"
-            representative = (dtype, group_size, zero) == ("bf16", 128, False) and config in (FEW, MORE, MANY)
+            representative = (dtype, group_size, zero) == ("bf16", 128, False) and config in (FEW, MANY)
             made.append(Gate(name, variant, capability, opcode, instructions, representative))
     return tuple(made)

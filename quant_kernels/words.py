@@ -71,10 +71,10 @@ FLOAT16_ASSEMBLY = tl.constexpr(_assembly((4, 0, -4, -8), mask=0x00F0, offset=0x
 """Four of ten mantissa bits of 64. Mask and offset are the same for all planes, so that they stay in registers."""
 
 
-@triton.jit
-def code_offset(DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What `unpack_planes` adds to codes in a type: 128 in bfloat16, else 64."""
-    return 128.0 if DTYPE == tl.bfloat16 else 64.0  # noqa: SIM300
+@triton.constexpr_function
+def code_offset(dtype: tl.dtype) -> int:
+    """What `unpack_planes` adds to codes in a type."""
+    return 128 if dtype == tl.bfloat16 else 64
 
 
 @triton.jit

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -59,6 +61,30 @@ def test_a_kernel_as_recorded_passes() -> None:
 def test_what_is_worse_is_said(gate: Gate, compiled: Compiled, words: str) -> None:
     (problem,) = problems(gate, compiled)
     assert words in problem
+
+
+@pytest.fixture(scope="module")
+def operators() -> tuple[str, ...]:
+    """Those of the script."""
+    spec = importlib.util.spec_from_file_location("compile_kernels", ROOT / "scripts" / "compile_kernels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script.OPERATORS
+
+
+def test_every_file_with_a_kernel_is_compiled_ahead_of_time(operators: tuple[str, ...]) -> None:
+    kernel = re.compile(r"^@triton\.jit\ndef \w+_kernel\(", re.MULTILINE)
+    files = (ROOT / "quant_kernels").glob("*.py")
+    assert {file.stem for file in files if kernel.search(file.read_text(encoding="utf-8"))} == {*operators}
+
+
+def test_every_operator_has_kernels_that_are_compiled_on_every_commit(operators: tuple[str, ...]) -> None:
+    for operator in operators:
+        gates = importlib.import_module(f"quant_kernels.{operator}").gates()
+        assert {gate.capability for gate in gates} == {80, 90}
+        assert any(gate.representative and gate.capability == 90 for gate in gates), operator
 
 
 @pytest.mark.slow
