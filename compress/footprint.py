@@ -22,8 +22,8 @@ COPIES = 5
 """Float32 copies of one layer's weight while it is quantized."""
 SCORING_BYTES = 64 << 20
 """Float32 logits of one batch while scoring."""
-LOGITS = 5
-"""Times a batch of logits is held: both models, their log-probabilities, what is made of them."""
+LOGITS = 6
+"""Times a batch of logits is held: both models, their log-probabilities, what is made of them, what malloc keeps."""
 
 
 def peak_memory(
