@@ -14,7 +14,7 @@ import torch
 
 import quant_kernels
 from compress.core.scheme import WEIGHT_BITS, Grid
-from quant_kernels import cpu, native, reference
+from quant_kernels import cpu, gpu, native, reference
 
 TYPICAL = 4096
 """Rows and columns of the layer for which a backend is chosen."""
@@ -86,7 +86,7 @@ def kernel_error(grid: Grid, dtype: torch.dtype, device: str) -> float:
     packed = quant_kernels.pack(codes, scale, None, bits=grid.bits, dtype=dtype, device=device)
     plain = reference.pack(codes, scale, None, grid.bits)
     errors = []
-    for tokens in TRIED:
+    for tokens in (*TRIED, *((gpu.MOST_TOKENS + 1,) if device.startswith("cuda") else ())):
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         y = quant_kernels.linear(x.to(device), packed).to("cpu", torch.float32)
         exact = reference.linear_reference(x.to(torch.float32), plain)

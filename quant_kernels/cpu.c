@@ -3,7 +3,7 @@
    packed: [blocks][columns][32] bytes; byte i holds row i of a block of 64 in its low nibble, row i + 32 in its high one.
    grid: [groups][rows], two bfloat16 numbers to a word, scale and zero, groups of a power of two of columns. A weight is
    (nibble - 8) * scale + zero, for many tokens rounded to nearest even to bfloat16.
-   Threads are torch's own: it uses OpenMP, and this is linked to the same library. */
+   Threads are OpenMP's, as torch's are; where torch's is GCC's own library they are the same ones. */
 
 #include <immintrin.h>
 #include <stdint.h>
@@ -23,9 +23,16 @@ static inline void affine(__m512i grid, __m512 *scale, __m512 *shift) {
   *shift = _mm512_fnmadd_ps(_mm512_set1_ps(8), *scale, zero);
 }
 
+/* Like malloc, in whole lines of the cache; there is nothing to be done for a layer for whose like there is no room. */
+static void *room(int64_t bytes) {
+  void *found = aligned_alloc(64, (bytes + 63) / 64 * 64);
+  if (!found) abort();
+  return found;
+}
+
 static Weight open_weight(const uint8_t *packed, const uint32_t *grid, int64_t columns, int64_t group, int64_t rows) {
   int64_t count = columns / group * rows; /* rows are a multiple of 16 */
-  float *scale = malloc(2 * count * sizeof(float)), *shift = scale + count;
+  float *scale = room(2 * count * sizeof(float)), *shift = scale + count;
   for (int64_t i = 0; i < count; i += 16) {
     __m512 s, z;
     affine(_mm512_loadu_si512(grid + i), &s, &z);
@@ -132,6 +139,8 @@ void dot_int4(const uint16_t *x, const uint8_t *packed, const uint32_t *grid, ui
 #include <sys/syscall.h>
 #include <unistd.h>
 
+/* Compilers do not see that tiles are loaded from memory, and stored to it. */
+#define PUBLISH() __asm__ volatile("" ::: "memory")
 #define DEPTH 1024              /* columns in a panel, which then fits the cache beside the activations */
 #define TILE 512                /* bfloat16 numbers in a tile, 16 × 32 */
 #define PANEL (DEPTH / 2 * 64)  /* pairs of neighbouring columns of 64 rows: four rows of tiles */
@@ -157,10 +166,11 @@ static int64_t pairs(const Weight *w, int64_t from) {
 /* Rows `first` to `last` of y, given the tiles of x. While the matrix unit works on a panel the next one is unpacked. */
 static void multiply(const Weight *w, const uint16_t *tiles, uint16_t *y, int64_t tokens, int64_t first, int64_t last) {
   int64_t steps = w->columns / 32, high = (tokens + 31) / 32 * 2;
-  uint32_t *panel = aligned_alloc(64, 2 * PANEL * sizeof(uint32_t)), *next = panel + PANEL, *both = panel;
-  float *sums = aligned_alloc(64, high * 16 * 64 * sizeof(float));
+  uint32_t *panel = room(2 * PANEL * sizeof(uint32_t)), *next = panel + PANEL, *both = panel;
+  float *sums = room(high * 16 * 64 * sizeof(float));
   struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
   for (int tile = 0; tile < 8; tile++) config.bytes[tile] = 64, config.rows[tile] = 16;
+  PUBLISH();
   _tile_loadconfig(&config);
   for (int64_t k = 0; k < pairs(w, 0); k++) unpack_pair(w, first, 2 * k, panel, k);
   for (int64_t row = first; row < last; row += 64) {
@@ -176,6 +186,7 @@ static void multiply(const Weight *w, const uint16_t *tiles, uint16_t *y, int64_
           } else {
             _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
           }
+          PUBLISH();
           const uint32_t *b = panel + n * (PANEL / 4);
           const uint16_t *a = tiles + (m * steps + from / 32) * TILE;
           for (int64_t step = 0; step < pairs(w, from) / 16; step++) {
@@ -193,6 +204,7 @@ static void multiply(const Weight *w, const uint16_t *tiles, uint16_t *y, int64_
       uint32_t *done = panel;
       panel = next, next = done;
     }
+    PUBLISH();
     for (int64_t m = 0; m < tokens; m++)
       for (int n = 0; n < 64; n += 16)
         _mm256_storeu_si256((__m256i *)(y + m * w->rows + row + n), rounded(_mm512_load_ps(sums + m * 64 + n)));
@@ -206,7 +218,7 @@ void linear_int4(const uint16_t *x, const uint8_t *packed, const uint32_t *grid,
                  int64_t columns, int64_t group, int64_t rows, int threads) {
   const Weight w = open_weight(packed, grid, columns, group, rows);
   int64_t steps = columns / 32, high = (tokens + 31) / 32 * 2;
-  uint16_t *tiles = aligned_alloc(64, high * steps * TILE * sizeof(uint16_t));
+  uint16_t *tiles = room(high * steps * TILE * sizeof(uint16_t));
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)

@@ -19,6 +19,7 @@ that is done in C where it can be (`native.py`).
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
@@ -39,8 +40,8 @@ INT4_MATRIX_UNIT_TOKENS = 8
 """up to so many, than the matrix unit."""
 CHUNK_WEIGHTS = 1 << 25
 """Weights that are unpacked at a time: most layers at once."""
-_SCRATCH: dict[torch.dtype, Tensor] = {}
-"""What weights are unpacked to, one layer's after another's."""
+_SCRATCH = threading.local()
+"""What weights are unpacked to, one layer's after another's; of each thread its own."""
 PAGE = 4096
 """Bytes of memory that a processor fetches ahead in, and not beyond."""
 PAIRED_ROWS = 512
@@ -122,7 +123,7 @@ def linear_int4_dot(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Te
     """The same for one token, where `native.has_dots()`."""
     loops = native.loops()
     assert loops is not None, "the route is open only where there are loops"
-    if packed.out_features % native.BLOCK_ROWS:
+    if packed.out_features % native.BLOCK_ROWS or len(x) != 1:
         return linear_int4(x, packed, bias)
     y = x.new_empty(1, packed.out_features)
     loops.dot(x, packed.codes, packed.scale, y)
@@ -230,9 +231,11 @@ def _linear_by_chunks(
 
 def _scratch(size: int, dtype: torch.dtype) -> Tensor:
     """Memory for so many numbers, kept from call to call: what the system gives anew it fills with zeros first."""
-    kept = _SCRATCH.get(dtype)
+    kept: Tensor | None = getattr(_SCRATCH, str(dtype), None)
     if kept is None or kept.numel() < size:
-        kept = _SCRATCH[dtype] = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # or it could not be written to outside of it
+            kept = torch.empty(size, dtype=dtype)
+        setattr(_SCRATCH, str(dtype), kept)
     return kept[:size]
 
 

@@ -57,9 +57,11 @@ class Kernel:
         """The routes that are open, in words."""
         words, limit = [], 0.0
         for route in self.routes:
-            if route.is_open() and route.most_tokens > limit:
-                words.append(f"past {limit:.0f} tokens {route.summary}" if limit else route.summary)
-                limit = route.most_tokens
+            if not route.is_open() or route.most_tokens <= limit:
+                continue
+            if not words or not words[-1].endswith(route.summary):
+                words.append(f"from {limit + 1:.0f} tokens on {route.summary}" if limit else route.summary)
+            limit = route.most_tokens
         return "; ".join(words)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:

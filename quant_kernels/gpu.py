@@ -1,8 +1,8 @@
 """Quantized linear layers on a GPU, with this package's own Triton kernels.
 
-`gpu_int2`, codes of 2 bits: the operator of `w2a16`. `gpu_int4`, of 3 and 4 bits: that of `w4a16`. `gpu_int8`, of 5 to 8
-bits: that of `w8a16`. All take groups of 32 or 64 columns, of a multiple of 128, or one scale per row, symmetric or with
-zero points, any number of rows, float16 or bfloat16 activations.
+`gpu_int2`, codes of 2 bits: the operator of `w2a16`. `gpu_int4`, of 3 and 4 bits: that of `w4a16`. `gpu_int8`, of 5 to
+8 bits: that of `w8a16`. All take groups of 32 or 64 columns, of a multiple of 128, or one scale per row, symmetric or
+with zero points, any number of rows, float16 or bfloat16 activations.
 
 Triton is imported when a layer is first packed: a machine without a GPU needs no Triton.
 """

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 LIBRARY = torch.library.Library("netsuke", "FRAGMENT")
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -24,7 +25,13 @@ def register(
     """Define the operator `schema` names and return it; all three functions take its arguments."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, launch, "CUDA")
+
+    def launch_there(*args: Any, **kwargs: Any) -> Any:
+        """On the device of the tensors: Triton launches on the current one."""
+        with torch.cuda.device(next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))):
+            return launch(*args, **kwargs)
+
+    LIBRARY.impl(name, launch_there, "CUDA")
     LIBRARY.impl(name, launch if INTERPRETED else reference, "CPU")
     torch.library.register_fake(f"netsuke::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.netsuke, name)

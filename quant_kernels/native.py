@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu.c")
-COMPILERS = ("cc", "gcc", "clang")
+COMPILERS = ("gcc", "cc")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 BLOCK_ROWS = 64
 """Of the layout that `cpu.c` reads, torch's for AVX512."""

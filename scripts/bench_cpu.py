@@ -6,12 +6,14 @@
     scripts/bench_cpu.py --size 2048 --threads 2
 
 Medians of the ratio of two calls, one directly after the other; above 1 is faster than bfloat16. Every route of a
-kernel is measured at every number of tokens, so that the limits in the table of kernels can be seen to be right.
+kernel that is open on this machine is measured at every number of tokens it can take, so that the limits in the table
+of kernels can be seen to be right.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import statistics
 import time
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_kernels import positive
+from bench_kernels import commit, positive
 from torch import Tensor
 
 import quant_kernels
@@ -68,7 +70,7 @@ def main() -> int:
     dense = torch.randn(options.size, options.size).to(torch.bfloat16)
     lines = [
         f"{options.size} × {options.size}, {describe('cpu')}, {platform.processor() or platform.machine()}, torch "
-        f"{torch.__version__}, median of {options.repetitions}.",
+        f"{torch.__version__}, commit {commit()[:12]}, median of {options.repetitions}.",
         "",
         f"| layer | kernel and route | {' | '.join(map(str, options.tokens))} |",
         "|---|---|" + "--:|" * len(options.tokens),
@@ -76,9 +78,11 @@ def main() -> int:
     for row in ROWS:
         packed = weight(row, options.size)
         kernel = next(kernel for kernel in KERNELS if kernel.name == packed.kernel)
-        for route in kernel.routes:
-            ratios = [faster(route, packed, dense, tokens, options.repetitions) for tokens in options.tokens]
-            cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+        for route in filter(lambda route: route.is_open(), kernel.routes):
+            cells = " | ".join(
+                f"{faster(route, packed, dense, tokens, options.repetitions):.2f}" if tokens <= most(route) else "–"
+                for tokens in options.tokens
+            )
             lines.append(f"| {row.title} | `{kernel.name}`: {route.summary} | {cells} |")
     table = "\n".join(lines)
     print(table)
@@ -96,6 +100,11 @@ def weight(row: Row, size: int) -> Packed:
     if row.pack is not None:
         return row.pack(codes, scale, zero_point, row.bits)
     return quant_kernels.pack(codes, scale, zero_point, bits=row.bits, dtype=torch.bfloat16)
+
+
+def most(route: Route) -> float:
+    """Tokens that a route can take: that for one can no more, the others any number, if not as quickly."""
+    return 1 if route.most_tokens == 1 else math.inf
 
 
 @torch.inference_mode()

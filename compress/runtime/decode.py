@@ -35,15 +35,19 @@ class Decoder:
 
     @property
     def captures(self) -> bool:
-        """Whether steps are replayed as a CUDA graph. A window that slides is kept track of in Python: not then."""
+        """Whether steps are replayed as a CUDA graph: not where the model looks at what it computes from Python, as it
+        does for windows that slide, for rotary tables that grow with the text, and for experts."""
         sliding = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
-        return self.model.device.type == "cuda" and torch.version.hip is None and not sliding
+        growing = "dynamic" in str(getattr(self.model.config, "rope_parameters", ""))
+        whole = getattr(self.model, "_can_compile_fullgraph", False)
+        return self.model.device.type == "cuda" and torch.version.hip is None and whole and not sliding and not growing
 
     @torch.inference_mode()
     def prefill(self, prompt: Tensor) -> Tensor:
         """Token ids [batch, prompt] from the beginning → the token [batch, 1] that follows each."""
         if self.captures and self._graph is None:
-            self._capture(len(prompt))
+            with torch.cuda.device(self.model.device):
+                self._capture(len(prompt))
         self.cache.reset()
         return self._forward(prompt)
 

@@ -15,7 +15,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 1
     """The prompt and its continuation, by greedy search until the end-of-text token or `max_new_tokens`.
 
     With `options`, such as `do_sample=True, temperature=0.7`, transformers' `generate()` is called instead, and they
-    go to it. Raises DataError for a prompt that is empty or leaves no room in the model's context.
+    go to it; so it is where the model's generation_config asks for more than the most likely token. Raises DataError
+    for a prompt that is empty or leaves no room in the model's context.
     """
     if max_new_tokens < 1:
         raise RequestError(f"max_new_tokens={max_new_tokens}: must be at least 1")
@@ -31,14 +32,27 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 1
             f"the prompt has {num_tokens} tokens; with max_new_tokens={max_new_tokens} that is more than the "
             f"model's context of {context}. Shorten the prompt or ask for fewer new tokens"
         )
-    if not options:
+    if not options and _is_plain(model.generation_config):
         tokens = _greedy(model, inputs["input_ids"], max_new_tokens)
     else:
         if tokenizer.pad_token_id is None:
             options.setdefault("pad_token_id", tokenizer.eos_token_id)
+        options.setdefault("do_sample", False)
         with torch.inference_mode():
             tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether greedy search with a generation_config takes the most likely token each time, until an end."""
+    neutral = {"repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "num_beams": (None, 1)}
+    others = (
+        *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id"),
+        *("min_length", "min_new_tokens", "sequence_bias", "guidance_scale", "exponential_decay_length_penalty"),
+    )
+    return all(getattr(config, name, None) in values for name, values in neutral.items()) and not any(
+        getattr(config, name, None) for name in others
+    )
 
 
 def _greedy(model: Any, prompt: Tensor, max_new_tokens: int) -> Tensor:

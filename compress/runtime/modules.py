@@ -62,7 +62,7 @@ class QuantLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The buffers as a weight; made once, since looking up a module's buffers takes longer than a small layer."""
-        if self._packed is None:
+        if self._packed is None or self._packed.codes is not self._buffers["codes"]:
             tensors = self.codes, self.scale, self.zero_point
             self._packed = Packed(self.backend, self.grid.bits, self.out_features, self.in_features, *tensors)
         return self._packed

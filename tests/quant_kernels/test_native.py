@@ -1,4 +1,4 @@
-"""The loop in C computes what torch's operations compute, bit for bit, and nobody depends on there being a compiler."""
+"""What is in C computes what torch computes, as exactly as it can, and nobody depends on there being a compiler."""
 
 from __future__ import annotations
 
@@ -97,3 +97,12 @@ def test_the_matrix_unit_multiplies_by_the_rounded_weight(tokens: int, rows: int
     rounding = 2.0**-8 * exact.abs() + 2.0**-20 * (x.double().abs() @ weight.abs().T)
     assert bool(((y.double() - exact).abs() <= rounding).all())
     assert torch.equal(cpu.linear_int4_matrix_unit(x, packed, bias), y + bias)
+
+
+def test_what_was_unpacked_in_inference_mode_can_be_unpacked_to_again() -> None:
+    codes = torch.randint(-128, 128, (64, 64), dtype=torch.int8)
+    packed = cpu.pack_int8(codes, torch.ones(64, 1), None, 8)
+    x = torch.ones(40, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        inside = cpu.linear_int8_by_chunks(x, packed)
+    assert torch.equal(cpu.linear_int8_by_chunks(x, packed), inside)

@@ -66,3 +66,16 @@ def test_the_cache_is_allocated_once() -> None:
     written(decoder, PROMPT, 8)
     assert keys.shape[-2] == 16
     assert decoder.cache.layers[0].keys.data_ptr() == place
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2_with_a_short_window])
+def test_a_captured_step_writes_what_an_eager_one_writes(build: Any) -> None:
+    torch.manual_seed(0)
+    model = build().eval().cuda()
+    decoder, eager = Decoder(model, 16), Decoder(model, 16)
+    eager._capture = lambda batch: None  # type: ignore[method-assign]
+    for prompt in (PROMPT.cuda(), PROMPT.flip(1).cuda()):
+        assert torch.equal(written(decoder, prompt, 8), written(eager, prompt, 8))
+    assert (decoder._graph is not None) == decoder.captures
+    assert eager._graph is None

@@ -40,6 +40,20 @@ def test_options_reach_transformers(stories: tuple[Any, Any]) -> None:
     assert sampled != generate(*stories, "Once upon a time", max_new_tokens=20)
 
 
+def test_options_alone_do_not_make_it_sample(stories: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = stories
+    monkeypatch.setattr(model.generation_config, "do_sample", True)
+    texts = {generate(model, tokenizer, "Once", max_new_tokens=20, repetition_penalty=1.2) for _ in range(3)}
+    assert len(texts) == 1
+
+
+def test_what_the_generation_config_asks_for_is_done(stories: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = stories
+    plain = generate(model, tokenizer, "Once upon a time", max_new_tokens=40)
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 5.0)
+    assert generate(model, tokenizer, "Once upon a time", max_new_tokens=40) != plain
+
+
 def test_an_empty_prompt_is_refused(stories: tuple[Any, Any]) -> None:
     with pytest.raises(DataError, match="prompt is empty"):
         generate(*stories, "")
