@@ -74,7 +74,7 @@ def dequantize_words(words: Tensor, scale: Tensor, zero: Tensor | None, inputs: 
     _dequantize_words_kernel[(words.shape[0] * words.shape[1],)](
         words, scale, zero, weight, *weight.shape,
         GROUP=group_size, ZERO=zero is not None,
-        ASM=not library.INTERPRETED and torch.version.hip is None, INTERP=library.INTERPRETED, num_warps=4,
+        ASM=library.ASSEMBLY, INTERP=library.INTERPRETED, num_warps=4,
     )  # fmt: skip
     return weight
 

@@ -55,7 +55,8 @@ class Kernel:
     @property
     def summary(self) -> str:
         """The routes that are open, in words."""
-        words, limit = [], 0.0
+        words: list[str] = []
+        limit = 0.0
         for route in self.routes:
             if not route.is_open() or route.most_tokens <= limit:
                 continue

@@ -160,7 +160,7 @@ def w4a16_experts(
             x, words, scale, zero, bias, routing_weights, order, table, y, partials, counters, num_experts,
             experts.numel() // len(x), outputs, inputs,
             GROUP=group_size, ZERO=zero is not None, BIAS=bias is not None, WEIGHTED=routing_weights is not None,
-            EVEN_K=inputs % 128 == 0, ASM=not library.INTERPRETED and torch.version.hip is None,
+            EVEN_K=inputs % 128 == 0, ASM=library.ASSEMBLY,
             INTERP=library.INTERPRETED, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split_k > 1,
             SWAP=config.swap, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

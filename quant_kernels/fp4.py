@@ -124,7 +124,7 @@ def w4a16_fp4(x: Tensor, words: Tensor, scale: Tensor, global_scale: Tensor, bia
     _w4a16_fp4_kernel[tiles, split_k](
         x, words, scale, global_scale, bias, y, partials, counters, tokens, outputs, inputs,
         NVFP4=group_size == NVFP4_GROUP, BIAS=bias is not None, EVEN_K=inputs % 128 == 0,
-        ASM=not library.INTERPRETED and torch.version.hip is None, INTERP=library.INTERPRETED,
+        ASM=library.ASSEMBLY, INTERP=library.INTERPRETED,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split_k > 1, SWAP=config.swap,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

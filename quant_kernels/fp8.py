@@ -262,7 +262,7 @@ def _launch(
         x, x_scale, weight, scale, bias, y, partials, counters, tokens, outputs, inputs,
         WORDS=words, GROUPED=scale.ndim == 2, X_STRIDE=int(x_scale is not None and x_scale.numel() > 1),
         STRIDE=int(scale.numel() > 1), BIAS=bias is not None, EVEN_K=inputs % GROUP == 0,
-        ASM=not library.INTERPRETED and torch.version.hip is None, INTERP=library.INTERPRETED,
+        ASM=library.ASSEMBLY, INTERP=library.INTERPRETED,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split_k > 1, SWAP=config.swap,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -46,7 +46,7 @@ def int8_objection(spec: LinearSpec) -> str | None:
 
 
 def pack_int2(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Packed:
-    """codes: int16 words as in `quant_kernels.two_bit_words`; scale, zero_point: [groups, out], zeros of those codes."""
+    """codes: words as in `quant_kernels.two_bit_words`; scale, zero_point: [groups, out], zeros of the stored codes."""
     from quant_kernels import w2a16
 
     words, scales, zeros = w2a16.pack(codes, scale, zero_point)

@@ -17,6 +17,8 @@ from torch import Tensor
 LIBRARY = torch.library.Library("netsuke", "FRAGMENT")
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on the CPU. It has no bfloat16 arithmetic and no inline assembly."""
+ASSEMBLY: bool = not INTERPRETED and torch.version.hip is None
+"""Whether kernels may use inline assembly, which is NVIDIA's."""
 
 
 def register(

@@ -111,7 +111,7 @@ def w2a16(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None = None, b
     _w2a16_kernel[tiles, split_k](
         x, words, scale, zero, bias, y, partials, counters, tokens, outputs, inputs,
         GROUP=group_size, ZERO=zero is not None, BIAS=bias is not None, EVEN_K=inputs % TILE_COLUMNS == 0,
-        ASM=not library.INTERPRETED and torch.version.hip is None, INTERP=library.INTERPRETED,
+        ASM=library.ASSEMBLY, INTERP=library.INTERPRETED,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split_k > 1, SWAP=config.swap,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -102,7 +102,7 @@ def w4a16(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None = None, b
     _w4a16_kernel[tiles, split_k](
         x, words, scale, zero, bias, y, partials, counters, tokens, outputs, inputs,
         GROUP=group_size, ZERO=zero is not None, BIAS=bias is not None, EVEN_K=inputs % 128 == 0,
-        ASM=not library.INTERPRETED and torch.version.hip is None, INTERP=library.INTERPRETED,
+        ASM=library.ASSEMBLY, INTERP=library.INTERPRETED,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split_k > 1, SWAP=config.swap,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

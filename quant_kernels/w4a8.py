@@ -205,7 +205,7 @@ def _launch(
     _w4a8_kernel[tiles, config.split_k](
         x, x_scale, x_sum, weight, scale, zero_scaled, groups, bias, y, partials, counters, tokens, outputs, inputs,
         GROUPED=groups is not None, BIAS=bias is not None,
-        ASM=not library.INTERPRETED and torch.version.hip is None,
+        ASM=library.ASSEMBLY,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, SPLIT_K=config.split_k, SWAP=config.swap,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

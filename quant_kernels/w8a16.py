@@ -240,7 +240,7 @@ def w8a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None, 
     _w8a16_kernel[tiles, split_k](
         x, weight, scale, zero, bias, y, partials, counters, tokens, outputs, inputs,
         GROUP=group_size, ZERO=zero is not None, BIAS=bias is not None, EVEN_K=inputs % STEP == 0,
-        ASM=not library.INTERPRETED and torch.version.hip is None, INTERP=library.INTERPRETED,
+        ASM=library.ASSEMBLY, INTERP=library.INTERPRETED,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split_k > 1, SWAP=config.swap,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
