@@ -8,8 +8,8 @@
 
 First come the operators' own tests on the device; if one fails no time is taken. Then the device's own limits, by
 copying and by large products. Every kernel runs on random data in replays of a CUDA graph that walks through 200 MB of
-weights before it meets one again; the median is reported. What is not installed is left out; what another project's
-kernel cannot do is said in its place.
+weights before it meets one again; the median is reported. What is not installed is left out; what a kernel cannot do is
+said in its place. The file is written after each layer. Exit status 1: one of this package's own kernels failed.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from kernel_timing import (
     roofline_seconds,
     say,
 )
+from triton.errors import TritonError
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "quant_kernels" / "README.md"
@@ -50,8 +51,9 @@ BEGIN, END = "<!-- bench_kernels -->", "<!-- /bench_kernels -->"
 TOKENS = (1, 4, 16, 32, 64, 128, 1024, 4096)
 BASELINE = "cuBLAS bf16"
 PACKAGES = ("torch", "triton", "gemlite", "conch-triton-kernels", "torchao", "bitsandbytes")
-OTHERS_FAIL_WITH = (
+FAILURES = (
     RuntimeError, ValueError, TypeError, AssertionError, AttributeError, ImportError, KeyError, NotImplementedError,
+    TritonError,
 )  # fmt: skip
 
 
@@ -86,13 +88,18 @@ def main() -> int:
         return 1
     report, limits = facts(options.replays), measured_limits(options.replays)
     report["limits"] = asdict(limits)
-    report["results"] = measure(kernels, {name: LAYERS[name] for name in options.layers}, limits, options)
     options.results.mkdir(parents=True, exist_ok=True)
     file = options.results / f"{report['device'].replace(' ', '-').lower()}.json"
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report["results"] = []
+    for name in options.layers:
+        report["results"] += measure(kernels, {name: LAYERS[name]}, limits, options)
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")  # an interruption loses one layer
     print(render(report))
     say(f"Written to {file}")
-    return 0
+    failed = sorted({row["kernel"] for row in report["results"] if "error" in row} & set(OURS))
+    if failed:
+        say(f"error: {', '.join(failed)} failed; the file says how.")
+    return 1 if failed else 0
 
 
 def positive(text: str) -> int:
@@ -161,9 +168,7 @@ def measure(
             known = {"layer": name, **layer._asdict(), "kernel": kernel.name, "scheme": kernel.scheme}
             try:
                 rows += timed(kernel, layer, known, limits, options)
-            except OTHERS_FAIL_WITH as error:
-                if kernel.name in OURS:
-                    raise
+            except FAILURES as error:
                 rows.append(known | {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
                 say(f"   {kernel.name}: {rows[-1]['error']}")
     return compared(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -259,23 +260,34 @@ def test_a_compiled_graph_goes_through() -> None:
 
 SHIPPED = (w8a8.FEW, w8a8.SOME, w8a8.MORE, w8a8.MANY, w8a8.MANY_AMPERE, w8a8.PREFILL)
 
+COVERING = [
+    (*case, *rest)
+    for case, *rest in zip(
+        [(config, splits) for config in SHIPPED for splits in ((1,) if config == w8a8.PREFILL else (1, 4))],
+        cycle((torch.float16, torch.bfloat16, torch.float32)),
+        cycle((0, 1, 1, 0, 1, 0, 0, 1)),
+        cycle((*QUANTIZED, QUANTIZED[-1])),  # five, so that each comes with and without splits
+        strict=False,
+    )
+]
+"""Every configuration with and without splits, with types, shapes and kinds of activations varied along with them. Each
+is a compilation, so that a product is too much."""
+
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("config", SHIPPED, ids=str)
+@pytest.mark.parametrize(("config", "splits", "dtype", "more", "quantized"), COVERING, ids=str)
 def test_shipped_configurations_on_layers_of_real_size(
-    config: Config, splits: int, monkeypatch: pytest.MonkeyPatch
+    config: Config, splits: int, dtype: torch.dtype, more: int, quantized: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, replace(config, split_k=1 if config == w8a8.PREFILL else splits))
-    for tokens, outputs, inputs in [(1, 4096, 4096), (config.block_m, 1000, 14336), (config.block_m + 1, 6144, 4224)]:
-        for dtype, quantized in zip((torch.float16, torch.bfloat16, torch.float32), QUANTIZED[1:], strict=True):
-            arguments = problem(tokens, outputs, inputs, quantized) | {"dtype": dtype}
-            arguments["x_scale"] /= inputs
-            check(arguments, run(arguments))
+    use(monkeypatch, replace(config, split_k=splits))
+    outputs, inputs = ((1000, 14336), (6144, 4224))[more]
+    arguments = problem(config.block_m + more, outputs, inputs, quantized) | {"dtype": dtype}
+    arguments["x_scale"] /= inputs
+    check(arguments, run(arguments))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128, 1024])
+@pytest.mark.parametrize("tokens", [1, 32, 64, 128, 1024])
 def test_a_captured_graph_replays_on_new_inputs(tokens: int) -> None:
     arguments = problem(tokens, 4096, 4096)
     run(arguments)

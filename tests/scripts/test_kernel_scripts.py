@@ -149,6 +149,35 @@ def test_no_number_is_printed_when_a_test_fails(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_failure_of_ours_is_a_row_of_a_report_that_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    written = []
+
+    def timed(kernel: Any, layer: Layer, known: dict[str, Any], *_: Any) -> list[dict[str, Any]]:
+        written.append(
+            [each["layer"] for file in tmp_path.iterdir() for each in json.loads(file.read_text())["results"]]
+        )
+        if kernel.name == "w4a16" and layer == LAYERS["8B o"]:
+            raise RuntimeError("no room\nat all")
+        return [known | {"tokens": 1, "microseconds": 4.0}]
+
+    for name, value in {
+        "missing_device": lambda: None, "tests_pass": lambda _: True, "facts": lambda _: dict(REPORT),
+        "measured_limits": lambda _: H200, "timed": timed,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(bench_kernels, name, value)
+    words = ["--layers", "8B o", "8B down", "--kernels", "w4a16", "w8a16", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", *words])
+    assert bench_kernels.main() == 1
+    results = json.loads((tmp_path / "nvidia-h200.json").read_text())["results"]
+    assert [each.get("error") for each in results] == ["RuntimeError: no room", None, None, None, None, None]
+    assert written == [[]] * 3 + [["8B o"] * 3] * 3
+    printed = capsys.readouterr()
+    assert "| w4a16 | failed |" in printed.out
+    assert "error: w4a16 failed" in printed.err
+
+
 def test_the_tests_of_an_operator_are_those_of_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = []
 
