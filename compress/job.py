@@ -21,7 +21,7 @@ from compress.calibrate.activations import Activations
 from compress.calibrate.block import Block
 from compress.calibrate.capture import finish
 from compress.calibrate.data import Windows, calibration_windows, first_tokens, is_file, read_dataset
-from compress.calibrate.walk import enter, inputs_of, walk
+from compress.calibrate.walk import enter, give_back, inputs_of, walk
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key, write_atomically
 from compress.checkpoint.weights import open_model
@@ -93,6 +93,7 @@ class Job:
             self._read_back(block)
             self.manifest.blocks = block.index + 1
             self.manifest.save()
+            give_back()
             self.say("blocks", f"block {min(block.index + 2, self.plan.num_blocks)} of {self.plan.num_blocks}")
             del block, shard, outputs  # or they would stay until the next block is done
 
@@ -199,6 +200,7 @@ class Job:
         """Perplexity and divergence of the folder against the original; or why there is none."""
         if self.plan.anatomy.head is None:
             return None, "an encoder has no perplexity; use `netsuke eval --tasks`"
+        give_back()
         options = self.plan.recipe.evaluation
         if not self.texts:
             return None, "no text to score on: give --calibration FILE, or evaluation.text in the recipe"
@@ -210,7 +212,7 @@ class Job:
             context=min(options.sequence_length or self.plan.context, self.plan.context),
             limit=options.samples,
             device=str(self.model.device),
-            progress=lambda phase, done, words: self.say(phase, words, done),
+            progress=self._scored,
         )
         return {
             "model": str(self.folder.final),
@@ -218,6 +220,10 @@ class Job:
             "texts": scores,
             "tasks": {},
         }, ""
+
+    def _scored(self, phase: str, share: float, words: str) -> None:
+        give_back()
+        self.say(phase, words, share)
 
     # ---- report ------------------------------------------------------------------------------------------------
 
