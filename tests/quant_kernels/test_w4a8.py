@@ -384,7 +384,7 @@ import re
 from triton.backends.compiler import GPUTarget
 from quant_kernels import gate, w4a8
 for each in w4a8.gates():
-    if each.representative and each.variant.constants["GROUPED"]:
+    if each.variant.constants["GROUPED"] and each.variant.constants["BLOCK_M"] in (16, 64):
         code = gate._compile(each.variant, GPUTarget("cuda", each.capability, 32)).asm["ttgir"]
         for layout in re.findall(r"mad\\.lo.*-> tensor<\\d+x64xi8, (.*?)>(?: loc|$)", code, re.M):
             named = re.search(rf"^{layout} = (.*)$", code, re.M) if layout.startswith("#linear") else None
