@@ -36,7 +36,7 @@ INT4_ROWS = 16
 INT8_COLUMNS = 32
 INT4_MOST_TOKENS, INT8_MOST_TOKENS = 48, 32
 """Up to so many tokens torch's integer products are quicker than unpacking the weight;"""
-INT4_MATRIX_UNIT_TOKENS = 8
+INT4_MATRIX_UNIT_TOKENS = 5
 """up to so many, than the matrix unit."""
 CHUNK_WEIGHTS = 1 << 25
 """Weights that are unpacked at a time: most layers at once."""
