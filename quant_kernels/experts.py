@@ -27,7 +27,7 @@ from quant_kernels import library, w4a16
 from quant_kernels.arguments import FLOATS, expect
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.packed_dot import packed_dot
-from quant_kernels.split_k import sum_splits, workspace
+from quant_kernels.split_k import share, sum_splits
 from quant_kernels.tuning import Config, tabled
 from quant_kernels.w4a16 import FEW, MANY, MANY_AMPERE, MORE, PREFILL, SOME
 from quant_kernels.words import TILE_WORDS, word_offsets
@@ -152,10 +152,7 @@ def w4a16_experts(
         config = configuration(experts.numel(), num_experts, outputs, inputs, group_size, x.device)
         order, table = group_by_expert(experts, num_experts, config.block_m)
         tiles, steps = len(table) * triton.cdiv(outputs, config.block_n), triton.cdiv(inputs, 128)
-        split_k = triton.cdiv(steps, triton.cdiv(steps, config.split_k))  # so that no split is empty
-        partials, counters = x, x
-        if split_k > 1:
-            partials, counters = workspace(x.device, tiles * split_k * config.block_m * config.block_n, tiles)
+        split_k, partials, counters = share(config, tiles, steps, x.device)
         _w4a16_experts_kernel[tiles, split_k](
             x, words, scale, zero, bias, routing_weights, order, table, y, partials, counters, num_experts,
             experts.numel() // len(x), outputs, inputs,

@@ -33,7 +33,7 @@ from quant_kernels.fp4_words import (
     unpack_scales,
 )
 from quant_kernels.gate import Gate, Variant
-from quant_kernels.split_k import sum_splits, workspace
+from quant_kernels.split_k import share, sum_splits
 from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
 from quant_kernels.words import TILE_WORDS, word_offsets, word_shape
 
@@ -117,10 +117,7 @@ def w4a16_fp4(x: Tensor, words: Tensor, scale: Tensor, global_scale: Tensor, bia
         return y
     config = configuration(tokens, outputs, inputs, group_size, x.device)
     tiles, steps = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n), triton.cdiv(inputs, 128)
-    split_k = triton.cdiv(steps, triton.cdiv(steps, config.split_k))  # so that no split is empty
-    partials, counters = x, x
-    if split_k > 1:
-        partials, counters = workspace(x.device, tiles * split_k * config.block_m * config.block_n, tiles)
+    split_k, partials, counters = share(config, tiles, steps, x.device)
     _w4a16_fp4_kernel[tiles, split_k](
         x, words, scale, global_scale, bias, y, partials, counters, tokens, outputs, inputs,
         NVFP4=group_size == NVFP4_GROUP, BIAS=bias is not None, EVEN_K=inputs % 128 == 0,

@@ -34,7 +34,7 @@ from quant_kernels import library
 from quant_kernels.arguments import FLOATS, expect
 from quant_kernels.fp8_quant import GROUP, has_fp8
 from quant_kernels.gate import Gate, Variant
-from quant_kernels.split_k import sum_splits, workspace
+from quant_kernels.split_k import share, sum_splits
 from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
 
 FP8 = torch.float8_e4m3fn
@@ -254,10 +254,7 @@ def _launch(
     config = configuration(tokens, outputs, inputs, words, scale.ndim == 2, x.device)
     tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n)
     steps = triton.cdiv(inputs, GROUP)
-    split_k = triton.cdiv(steps, triton.cdiv(steps, config.split_k))  # so that no split is empty
-    partials, counters = scale, scale
-    if split_k > 1:
-        partials, counters = workspace(x.device, tiles * split_k * config.block_m * config.block_n, tiles)
+    split_k, partials, counters = share(config, tiles, steps, x.device)
     _fp8_kernel[tiles, split_k](
         x, x_scale, weight, scale, bias, y, partials, counters, tokens, outputs, inputs,
         WORDS=words, GROUPED=scale.ndim == 2, X_STRIDE=int(x_scale is not None and x_scale.numel() > 1),

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant_kernels.tuning import Config
+
 _WORKSPACES: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
 """Device → its workspaces, smallest first. Outgrown ones stay: CUDA graphs may hold their addresses."""
 
@@ -35,6 +37,15 @@ def workspace(device: torch.device, partials: int, tiles: int) -> tuple[Tensor, 
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         kept.append(made)
     return made
+
+
+def share(config: Config, tiles: int, steps: int, device: torch.device) -> tuple[int, Tensor | None, Tensor | None]:
+    """Into how many splits the sums of `tiles` tiles over `steps` rounds are cut, none of them empty, and the workspace
+    for it; without one where they are not cut."""
+    splits = triton.cdiv(steps, triton.cdiv(steps, config.split_k))
+    if splits == 1:
+        return 1, None, None
+    return splits, *workspace(device, tiles * splits * config.block_m * config.block_n, tiles)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from quant_kernels import library
 from quant_kernels.arguments import FLOATS, expect, group_size_of
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.packed_dot import packed_dot
-from quant_kernels.split_k import sum_splits, workspace
+from quant_kernels.split_k import share, sum_splits
 from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
 from quant_kernels.two_bit_words import (
     SIGNED_ZERO,
@@ -104,10 +104,7 @@ def w2a16(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None = None, b
     config = configuration(tokens, outputs, inputs, group_size, x.device)
     tiles = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n)
     steps = triton.cdiv(inputs, TILE_COLUMNS)
-    split_k = triton.cdiv(steps, triton.cdiv(steps, config.split_k))  # so that no split is empty
-    partials, counters = x, x
-    if split_k > 1:
-        partials, counters = workspace(x.device, tiles * split_k * config.block_m * config.block_n, tiles)
+    split_k, partials, counters = share(config, tiles, steps, x.device)
     _w2a16_kernel[tiles, split_k](
         x, words, scale, zero, bias, y, partials, counters, tokens, outputs, inputs,
         GROUP=group_size, ZERO=zero is not None, BIAS=bias is not None, EVEN_K=inputs % TILE_COLUMNS == 0,

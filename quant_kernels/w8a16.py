@@ -35,7 +35,7 @@ from torch import Tensor
 from quant_kernels import library
 from quant_kernels.arguments import FLOATS, expect, group_size_of
 from quant_kernels.gate import Gate, Variant
-from quant_kernels.split_k import sum_splits, workspace
+from quant_kernels.split_k import share, sum_splits
 from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
 
 PLANE = 32
@@ -233,10 +233,7 @@ def w8a16(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None, 
         return y
     config = configuration(tokens, outputs, inputs, group_size, x.device)
     tiles, steps = triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n), triton.cdiv(inputs, STEP)
-    split_k = triton.cdiv(steps, triton.cdiv(steps, config.split_k))  # so that no split is empty
-    partials, counters = x, x
-    if split_k > 1:
-        partials, counters = workspace(x.device, tiles * split_k * config.block_m * config.block_n, tiles)
+    split_k, partials, counters = share(config, tiles, steps, x.device)
     _w8a16_kernel[tiles, split_k](
         x, weight, scale, zero, bias, y, partials, counters, tokens, outputs, inputs,
         GROUP=group_size, ZERO=zero is not None, BIAS=bias is not None, EVEN_K=inputs % STEP == 0,

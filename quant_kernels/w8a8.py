@@ -24,7 +24,7 @@ from torch import Tensor
 from quant_kernels import library
 from quant_kernels.arguments import FLOATS, expect
 from quant_kernels.gate import Gate, Variant
-from quant_kernels.split_k import sum_splits, workspace
+from quant_kernels.split_k import share, sum_splits
 from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
 
 MAX_INPUTS = (2**31 - 1) // (128 * 128)
@@ -110,11 +110,8 @@ def w8a8(
         triton.cdiv(tokens, config.block_m) * triton.cdiv(outputs, config.block_n),
         triton.cdiv(inputs, block_k),
     )
-    split_k = triton.cdiv(steps, triton.cdiv(steps, config.split_k))  # so that no split is empty
-    partials, counters = x, x
-    if split_k > 1:
-        partials, counters = workspace(x.device, tiles * split_k * config.block_m * config.block_n, tiles)
-        partials = partials.view(torch.int32)
+    split_k, partials, counters = share(config, tiles, steps, x.device)
+    partials = None if partials is None else partials.view(torch.int32)
     _w8a8_kernel[tiles, split_k](
         x, x_scale, weight, scale, x_zero, weight_sums, bias, y, partials, counters, tokens, outputs, inputs,
         SCALES=int(x_scale.numel() > 1), ZEROS=int(x_zero is not None and x_zero.numel() > 1),

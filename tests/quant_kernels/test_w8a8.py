@@ -33,18 +33,6 @@ FLOAT32 = 2.0**-24
 """Relative error of one rounding."""
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an operator allocates is full of NaN, so that what it leaves out shows."""
-    empty = torch.empty
-
-    def poisoned(*size: Any, **options: Any) -> Tensor:
-        made = empty(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     monkeypatch.setattr(w8a8, "configuration", lambda *_: config)
 
