@@ -40,6 +40,7 @@ RECIPES = {
     "w4a16-gptq": (
         "calibration.samples=8",
         f"calibration.sequence_length={CALIBRATION_TOKENS}",
+        "evaluation.samples=2",
     ),
 }
 """Shipped recipes and what is set on them: enough windows to pass through GPTQ, too few to wait for."""
