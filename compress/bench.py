@@ -166,7 +166,7 @@ def _open(folder: Path, work: Work) -> dict[str, Any]:
     _state.next_tokens = decoder.prefill(_state.next_tokens[:, :WARM_UP])
     for _ in range(min(WARM_UP, length - WARM_UP)):
         decoder.step(_state.next_tokens)
-    schemes = {layer.grid.scheme for layer in model.modules() if isinstance(layer, QuantLinear)}
+    schemes = {layer.scheme.name for layer in model.modules() if isinstance(layer, QuantLinear)}
     return {
         "scheme": " and ".join(sorted(schemes)) or str(model.dtype).removeprefix("torch."),
         "device": device,

@@ -81,7 +81,7 @@ def kernel_error(grid: Grid, dtype: torch.dtype, device: str) -> float:
     """Relative error of the chosen kernel against the reference in float32, on a small random layer, at its worst."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = 512, 2048
-    codes = torch.randint(grid.qmin, grid.qmax + 1, (rows, columns), generator=generator, dtype=torch.int8)
+    codes = torch.randint(int(grid.qmin), int(grid.qmax) + 1, (rows, columns), generator=generator, dtype=torch.int8)
     scale = (torch.rand(rows, grid.num_groups(columns), generator=generator) - 0.5).to(dtype)
     packed = quant_kernels.pack(codes, scale, None, bits=grid.bits, dtype=dtype, device=device)
     plain = reference.pack(codes, scale, None, grid.bits)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint import format_of
+from compress.core.scheme import Scheme
 from compress.models import anatomy_for
 from compress.models.headers import TensorHeader, canonical, read_folder
 from compress.models.store import read_tensor
@@ -20,18 +21,18 @@ def inspect(path: Path) -> dict[str, Any]:
     tensors = canonical(folder.tensors, anatomy)
     quantization = config.get("quantization_config")
     form = format_of(config) if quantization else None
-    grids = form.grids(quantization, tensors) if form and quantization else {}
+    schemes = form.schemes(quantization, tensors) if form and quantization else {}
     owners: dict[str, list[str]] = {}
     for name in tensors:
-        owner = next((layer for layer in (name.rpartition(".")[0],) if layer in grids), name.removesuffix(".weight"))
+        owner = next((layer for layer in (name.rpartition(".")[0],) if layer in schemes), name.removesuffix(".weight"))
         owners.setdefault(owner, []).append(name)
     layers = []
     weights = bits = 0
     for layer, names in owners.items():
         total = sum(tensors[name].nbytes for name in names if not name.endswith(".bias"))
-        grid = grids.get(layer)
-        if grid:
-            shape = _shape(layer, tensors)
+        scheme = schemes.get(layer)
+        if scheme:
+            shape = _shape(layer, tensors, scheme)
             weights += shape[0] * shape[1]
             bits += 8 * total
         else:
@@ -39,9 +40,9 @@ def inspect(path: Path) -> dict[str, Any]:
         layers.append(
             {
                 "name": layer,
-                "scheme": grid.scheme if grid else None,
-                "group_size": grid.group_size if grid else None,
-                "dtype": grid.format if grid else tensors[names[0]].dtype,
+                "scheme": scheme.name if scheme else None,
+                "group_size": scheme.weights.group_size if scheme else None,
+                "dtype": scheme.weights.format if scheme else tensors[names[0]].dtype,
                 "shape": list(shape),
                 "bytes": total,
             }
@@ -56,7 +57,11 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def _shape(layer: str, tensors: Mapping[str, TensorHeader]) -> tuple[int, ...]:
-    """A quantized layer's [out, in]; packed codes keep it in a tensor of its own."""
-    packed = tensors.get(f"{layer}.weight_shape")
-    return tuple(read_tensor(packed).tolist()) if packed else tensors[f"{layer}.weight"].shape
+def _shape(layer: str, tensors: Mapping[str, TensorHeader], scheme: Scheme) -> tuple[int, ...]:
+    """A quantized layer's [out, in]; a bit stream keeps it in a tensor of its own, FP4 codes are two to a byte."""
+    if f"{layer}.weight_shape" in tensors:
+        return tuple(read_tensor(tensors[f"{layer}.weight_shape"]).tolist())
+    if f"{layer}.weight_packed" in tensors:
+        rows, width = tensors[f"{layer}.weight_packed"].shape
+        return rows, width * 8 // scheme.weights.bits
+    return tensors[f"{layer}.weight"].shape

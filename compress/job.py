@@ -87,7 +87,8 @@ class Job:
         self.manifest.width = entrance.inputs.width
         inputs = self._activation_file(done) if done else entrance.inputs
         self.say("blocks", f"block {done + 1} of {self.plan.num_blocks}")
-        for block, outputs in walk(self.model, entrance, inputs, self.folder.scratch, self.work, first=done):
+        steps = walk(self.model, entrance, inputs, self.folder.scratch, self.work, done, self.plan.recipe.two_streams)
+        for block, outputs in steps:
             shard = self._encode(block)
             self.folder.write_shard(block.index, shard)
             self._read_back(block)
@@ -100,7 +101,7 @@ class Job:
     def work(self, block: Block) -> None:
         for index, stage in enumerate(self.plan.recipe.stages):
             begun = time.monotonic()
-            reports = stage.apply(block, self.plan.grids(index, block.index))
+            reports = stage.apply(block, self.plan.schemes(index, block.index))
             self.manifest.layers[index] += [asdict(report) for report in reports]
             self.manifest.seconds[index] += time.monotonic() - begun
 
@@ -114,7 +115,10 @@ class Job:
             if not name.startswith(prefix):
                 continue
             if name.endswith(".weight") and layer in block.quantized:
-                encoded = self.plan.format.encode(header.name.removesuffix(".weight"), block.quantized[layer])
+                stored_as = header.name.removesuffix(".weight")
+                inputs = self.plan.quantized[layer].inputs
+                scale = block.input_scales.get(layer)
+                encoded = self.plan.format.encode(stored_as, block.quantized[layer], inputs, scale)
                 turned = self.plan.anatomy.transposed
                 tensors |= {key: value.t() if turned else value for key, value in encoded.items()}
             elif name in block.rewritten:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from compress.checkpoint import Format
-from compress.core.scheme import Grid
+from compress.core.scheme import Scheme
 from compress.models.anatomy import Anatomy
 from compress.models.selection import LayerName
 from compress.recipe import Recipe
@@ -38,12 +38,13 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int]) -> list[s
 
 
 def groups(
-    recipe: Recipe, owner: Mapping[str, int], grids: Mapping[str, Grid], shapes: Mapping[str, tuple[int, int]]
+    recipe: Recipe, owner: Mapping[str, int], schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]
 ) -> list[str]:
     """Groups that do not divide the rows of some layers: one sentence a stage, with sizes that fit all of them."""
     names_by_stage: dict[int, list[str]] = defaultdict(list)
-    for name, grid in grids.items():
-        if grid.group_size and shapes[name][1] % grid.group_size:
+    for name, scheme in schemes.items():
+        size = scheme.weights.group_size
+        if size and shapes[name][1] % size:
             names_by_stage[owner[name]].append(name)
     problems = []
     for index, names in names_by_stage.items():
@@ -54,7 +55,8 @@ def groups(
         others = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
         problems.append(
             f"{recipe.where('stages', index, stage.name, 'group_size')}: {names[0]}{others}: "
-            f"in_features={', '.join(map(str, widths))} is not a multiple of group_size={stage.grid.group_size}. "
+            f"in_features={', '.join(map(str, widths))} is not a multiple of "
+            f"group_size={stage.resolved.weights.group_size}. "
             f"{fix}, or add what it does not divide to 'ignore'"
         )
     return problems
@@ -63,15 +65,15 @@ def groups(
 def storage(
     recipe: Recipe,
     owner: Mapping[str, int],
-    grids: Mapping[str, Grid],
+    schemes: Mapping[str, Scheme],
     shapes: Mapping[str, tuple[int, int]],
     layers: Sequence[LayerName],
     form: Format,
 ) -> list[str]:
     """Layers that the checkpoint's format cannot hold: the first of each kind."""
     found: dict[tuple[int, str], str] = {}
-    for layer in (layer for layer in layers if layer.name in grids):
-        for problem in form.problems(layer.name, layer.kind, shapes[layer.name], grids[layer.name]):
+    for layer in (layer for layer in layers if layer.name in schemes):
+        for problem in form.problems(layer.name, layer.kind, shapes[layer.name], schemes[layer.name]):
             found.setdefault((owner[layer.name], layer.kind), problem)
     return [
         f"{recipe.where('stages', index, recipe.stages[index].name)}: {problem}"
@@ -79,28 +81,28 @@ def storage(
     ]
 
 
-def readers(recipe: Recipe, grids: Mapping[str, Grid], form: Format) -> list[str]:
+def readers(recipe: Recipe, schemes: Mapping[str, Scheme], form: Format) -> list[str]:
     """Combinations that are stored faithfully and that transformers would still read wrongly."""
-    found = sorted(set(grids.values()), key=str)
-    if form.name != "compressed-tensors" or len(found) < 2 or all(grid.symmetric for grid in found):
+    found = sorted(set(schemes.values()), key=str)
+    if form.name != "compressed-tensors" or len(found) < 2 or all(scheme.weights.symmetric for scheme in found):
         return []
-    told = ", ".join(f"{grid.scheme} {'symmetric' if grid.symmetric else 'asymmetric'}" for grid in found)
+    told = ", ".join(f"{scheme.name} {'symmetric' if scheme.weights.symmetric else 'asymmetric'}" for scheme in found)
     return [
         f"{recipe.where('stages')}: {told}: transformers reads several grids in one folder only when all are "
         "symmetric. Set symmetric: true everywhere, or use one grid, or `checkpoint: {format: dense}`"
     ]
 
 
-def fused(anatomy: Anatomy, layers: Sequence[LayerName], grids: Mapping[str, Grid]) -> list[str]:
+def fused(anatomy: Anatomy, layers: Sequence[LayerName], schemes: Mapping[str, Scheme]) -> list[str]:
     """Layers that a serving engine runs as one matrix, quantized differently: the first block of each kind."""
     present = {layer.name: layer for layer in layers}
     prefixes = sorted({".".join(name.split(".")[: anatomy.blocks.count(".") + 2]) for name in present})
     problems = []
     for site in (site for site in anatomy.sites if site.fused):
         for prefix in prefixes:
-            found = {local: grids.get(f"{prefix}.{local}") for local in site.layers if f"{prefix}.{local}" in present}
+            found = {local: schemes.get(f"{prefix}.{local}") for local in site.layers if f"{prefix}.{local}" in present}
             if len(set(found.values())) > 1:
-                told = ", ".join(f"{name} {grid.scheme if grid else 'kept'}" for name, grid in sorted(found.items()))
+                told = ", ".join(f"{name} {each.name if each else 'kept'}" for name, each in sorted(found.items()))
                 problems.append(
                     f"{prefix}: {told}: serving engines run these as one matrix; "
                     "give them the same scheme and group_size, or ignore all of them"

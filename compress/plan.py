@@ -13,7 +13,7 @@ from typing import Any
 
 from compress import lint
 from compress.checkpoint import FORMATS, Format, format_for
-from compress.core.scheme import Grid
+from compress.core.scheme import Scheme
 from compress.errors import ModelError, RecipeError
 from compress.footprint import peak_memory
 from compress.models import anatomy_for
@@ -41,14 +41,14 @@ class LayerPlan:
     dtype: str
     stage: int | None
     """Index of the stage that quantizes it."""
-    grid: Grid | None
+    scheme: Scheme | None
     reason: str
     bytes_before: int
     bytes_after: int
 
     @property
     def action(self) -> str:
-        return "quantize" if self.grid else "keep"
+        return "quantize" if self.scheme else "keep"
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ class Plan:
         )
 
     @property
-    def quantized(self) -> dict[str, Grid]:
-        return {layer.name: layer.grid for layer in self.layers if layer.grid}
+    def quantized(self) -> dict[str, Scheme]:
+        return {layer.name: layer.scheme for layer in self.layers if layer.scheme}
 
     @property
     def bits_per_weight(self) -> float:
         """Bits per weight over the quantized layers, scales and zero points included."""
-        layers = [layer for layer in self.layers if layer.grid]
+        layers = [layer for layer in self.layers if layer.scheme]
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         return 8 * sum(layer.bytes_after for layer in layers) / weights
 
@@ -122,13 +122,13 @@ class Plan:
         note = f"the calibration text holds {windows} windows, {self.windows} were asked for"
         return replace(self, windows=windows, notes=(*self.notes, note))
 
-    def grids(self, stage: int, block: int) -> dict[str, Grid]:
+    def schemes(self, stage: int, block: int) -> dict[str, Scheme]:
         """The layers a stage deals with in one block: a quantizer's own; for a transform, those quantized later."""
         own = self.recipe.stages[stage].quantizes
         return {
-            layer.name: layer.grid
+            layer.name: layer.scheme
             for layer in self.layers
-            if layer.grid and layer.block == block and (layer.stage == stage if own else True)
+            if layer.scheme and layer.block == block and (layer.stage == stage if own else True)
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -141,10 +141,10 @@ class Plan:
                     "name": layer.name,
                     "role": layer.role,
                     "action": layer.action,
-                    "scheme": layer.grid.scheme if layer.grid else None,
+                    "scheme": layer.scheme.name if layer.scheme else None,
                     "reason": layer.reason,
                     "shape": list(layer.shape),
-                    "group_size": layer.grid.group_size if layer.grid else None,
+                    "group_size": layer.scheme.weights.group_size if layer.scheme else None,
                     "bytes_before": layer.bytes_before,
                     "bytes_after": layer.bytes_after,
                 }
@@ -176,19 +176,19 @@ def make_plan(recipe: Recipe, folder: Folder) -> Plan:
     problems: list[str] = []
     form = _format(recipe)
     owner, reasons = _assign(recipe, candidates, problems)
-    grids = {name: recipe.stages[stage].grid for name, stage in owner.items()}
+    schemes = {name: recipe.stages[stage].resolved for name, stage in owner.items()}
     shapes = {
-        layer.name: _shape(tensors[f"{layer.name}.weight"], anatomy) for layer in candidates if layer.name in grids
+        layer.name: _shape(tensors[f"{layer.name}.weight"], anatomy) for layer in candidates if layer.name in schemes
     }
     problems += lint.stages(recipe, anatomy, owner)
-    problems += lint.groups(recipe, owner, grids, shapes)
-    problems += lint.storage(recipe, owner, grids, shapes, candidates, form)
-    problems += lint.fused(anatomy, candidates, grids)
-    problems += lint.readers(recipe, grids, form)
+    problems += lint.groups(recipe, owner, schemes, shapes)
+    problems += lint.storage(recipe, owner, schemes, shapes, candidates, form)
+    problems += lint.fused(anatomy, candidates, schemes)
+    problems += lint.readers(recipe, schemes, form)
     if problems:
         raise RecipeError(problems)
     layers = tuple(
-        _layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, grids, reasons, form)
+        _layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, schemes, reasons, form)
         for layer in candidates
     )
     notes = [*anatomy.conclusions, *folder.truncated]
@@ -311,16 +311,16 @@ def _layer_plan(
     anatomy: Anatomy,
     header: TensorHeader,
     owner: Mapping[str, int],
-    grids: Mapping[str, Grid],
+    schemes: Mapping[str, Scheme],
     reasons: Mapping[str, str],
     form: Format,
 ) -> LayerPlan:
     inside = layer.name.startswith(f"{anatomy.blocks}.")
-    grid = grids.get(layer.name)
+    scheme = schemes.get(layer.name)
     shape = _shape(header, anatomy) if inside else (header.shape[0], header.shape[1])
     after = header.nbytes
-    if grid:
-        after = sum(tensor_bytes(*entry) for entry in form.layout(layer.name, shape, grid, header.dtype).values())
+    if scheme:
+        after = sum(tensor_bytes(*entry) for entry in form.layout(layer.name, shape, scheme, header.dtype).values())
     return LayerPlan(
         name=layer.name,
         role=layer.role,
@@ -329,8 +329,8 @@ def _layer_plan(
         shape=shape,
         dtype=header.dtype,
         stage=owner.get(layer.name),
-        grid=grid,
-        reason="" if grid else reasons.get(layer.name, "no stage names it"),
+        scheme=scheme,
+        reason="" if scheme else reasons.get(layer.name, "no stage names it"),
         bytes_before=header.nbytes,
         bytes_after=after,
     )
@@ -349,8 +349,8 @@ def _shards(
         index = int(name.removeprefix(f"{anatomy.blocks}.").split(".")[0]) if inside else num_blocks
         shard = shards[min(index, num_blocks)]
         layer = layers.get(name.removesuffix(".weight"))
-        if layer and layer.grid and name.endswith(".weight"):
-            held = form.layout(header.name.removesuffix(".weight"), layer.shape, layer.grid, header.dtype)
+        if layer and layer.scheme and name.endswith(".weight"):
+            held = form.layout(header.name.removesuffix(".weight"), layer.shape, layer.scheme, header.dtype)
             turned = anatomy.transposed
             shard |= {key: (dtype, shape[::-1] if turned else shape) for key, (dtype, shape) in held.items()}
         else:

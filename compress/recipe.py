@@ -67,7 +67,7 @@ class CheckpointOptions:
     """How the result is stored."""
 
     format: str = "compressed-tensors"
-    compression: Literal["pack-quantized", "int-quantized"] = "pack-quantized"
+    compression: Literal["auto", "pack-quantized", "int-quantized"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ class Recipe:
     def calibrated(self) -> bool:
         """Whether any stage needs calibration inputs."""
         return any(stage.calibrated for stage in self.stages)
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether any stage wants the original model's activations beside the compressed one's."""
+        return any(stage.two_streams for stage in self.stages)
 
     def where(self, *path: str | int) -> str:
         """Where to point in a complaint about `path`: its own place or that of the nearest part around it."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from compress.calibrate.block import Block
-from compress.core.scheme import Grid
+from compress.core.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,12 @@ class Stage(Protocol):
         """Whether it needs calibration inputs."""
         ...
 
-    def apply(self, block: Block, grids: Mapping[str, Grid]) -> list[LayerReport]:
-        """Work on one block. `grids`: the layers a quantizer owns here, or, for a transform, the final grid of
-        every layer that a later stage quantizes."""
+    @property
+    def two_streams(self) -> bool:
+        """Whether it needs `block.reference`: what the original model computes of the same windows."""
+        ...
+
+    def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
+        """Work on one block. `schemes`: the layers a quantizer owns here, or, for a transform, every layer that a later
+        stage quantizes."""
         ...

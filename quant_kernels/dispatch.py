@@ -144,10 +144,13 @@ def pack(
 ) -> Packed:
     """A weight in the layout of the kernel chosen for it, on `device`.
 
-    codes: int8 [out, in], signed; scale: float [out, groups]; zero_point: int8 [out, groups] or None for a
-    symmetric weight; dtype: of the activations to come. Raises ValueError where these are not a weight.
+    codes: int8 [out, in], signed, or levels of a float format in float8_e4m3fn; scale: float [out, groups];
+    zero_point: int8 [out, groups] or None for a symmetric weight; dtype: of the activations to come. Raises
+    ValueError where these are not a weight.
     """
     check(codes, scale, zero_point, bits)
+    if codes.dtype == torch.float8_e4m3fn:  # whatever they have fewer levels than: a byte each
+        return reference.pack(codes.to(device), scale.to(device), None, bits=8)
     rows, columns = codes.shape
     backend = choose(bits, columns // scale.shape[1], zero_point is None, dtype, device, columns, rows)
     moved = None if zero_point is None else zero_point.to(device)

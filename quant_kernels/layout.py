@@ -57,8 +57,13 @@ def check(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) ->
     """Raise ValueError where the plain tensors are not a weight of `bits` bits."""
     if not 2 <= bits <= 8:
         raise ValueError(f"bits={bits}: there are kernels for 2 to 8 bits")
+    if codes.dtype == torch.float8_e4m3fn:
+        _check_floats(codes, scale, zero_point)
+        return
     if codes.dtype != torch.int8 or codes.ndim != 2 or not codes.numel():
-        raise ValueError(f"codes are {codes.dtype} of shape {[*codes.shape]}, expected int8 of [out, in]")
+        raise ValueError(
+            f"codes are {codes.dtype} of shape {[*codes.shape]}, expected int8 or float8_e4m3fn of [out, in]"
+        )
     rows, columns = codes.shape
     groups = scale.shape[-1] if scale.ndim == 2 else 0
     if not groups or scale.shape[0] != rows or columns % groups:
@@ -73,6 +78,13 @@ def check(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) ->
         low, high = (int(extreme) for extreme in tensor.aminmax())
         if low < -limit or high >= limit:
             raise ValueError(f"{name} hold {low} … {high}, but {bits} bits reach from {-limit} to {limit - 1}")
+
+
+def _check_floats(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+    if codes.ndim != 2 or scale.ndim != 2 or scale.shape[0] != codes.shape[0] or codes.shape[1] % scale.shape[1]:
+        raise ValueError(f"scale has shape {[*scale.shape]}, which does not divide codes of {[*codes.shape]}")
+    if zero_point is not None:
+        raise ValueError("zero_point is given, but floats have none")
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

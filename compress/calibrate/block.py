@@ -7,7 +7,7 @@ was kept of them (`compress.calibrate.sublayer`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,18 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from compress.calibrate import BATCH_TOKENS
 from compress.calibrate.activations import Activations
 from compress.calibrate.capture import Arguments
 from compress.calibrate.observers import Moments, MomentsObserver
+from compress.calibrate.reference import Reference
 from compress.calibrate.sublayer import Sublayer
+from compress.core.inputs import input_scale, round_inputs
 from compress.core.qtensor import QuantizedTensor
+from compress.core.scheme import Grid
 from compress.models.store import LazyModel
 
 
@@ -35,6 +40,10 @@ class BlockSite:
     source: str | None
 
 
+Stream = tuple[Activations, Activations]
+"""The inputs and the outputs-to-be of a block."""
+
+
 class _Reached(Exception):  # noqa: N818  (not an error: the pass has come as far as it was sent)
     pass
 
@@ -42,13 +51,23 @@ class _Reached(Exception):  # noqa: N818  (not an error: the pass has come as fa
 class Block:
     """A filled block, its calibration inputs, and what has become of its layers."""
 
-    def __init__(self, model: LazyModel, index: int, inputs: Activations, arguments: Arguments, scratch: Path) -> None:
+    def __init__(
+        self,
+        model: LazyModel,
+        index: int,
+        inputs: Activations,
+        arguments: Arguments,
+        scratch: Path,
+        original: Stream | None = None,
+    ) -> None:
         self.model = model
         self.index = index
         self.name = model.block_name(index)
         self.module = model.blocks[index]
         self.inputs = inputs
         self.quantized: dict[str, QuantizedTensor] = {}
+        self.input_scales: dict[str, Tensor] = {}
+        """Layer → the scale of its inputs, of those for which calibration fixes one."""
         self.rewritten: dict[str, Tensor] = {}
         """Full tensor name → new full-precision value, float32, of everything a transform changed."""
         present = dict(self.module.named_modules())
@@ -65,7 +84,10 @@ class Block:
         self._arguments = arguments
         self._scratch = scratch
         self._batch = max(1, BATCH_TOKENS // inputs.length)
-        self._moments: dict[int, Moments] = {}
+        self._original = original
+        self._reference: Reference | None = None
+        self._rounded: dict[str, RemovableHandle] = {}
+        self._moments: dict[int, tuple[object, Moments]] = {}
         self._sublayers: dict[int, Sublayer] = {}
         """Site → the sublayer that its only layer closes, kept."""
 
@@ -86,18 +108,53 @@ class Block:
         """The dtype a layer's scales are stored in: that of its weight."""
         return self.model.weights.dtype(f"{name}.weight")
 
-    def moments(self, site: BlockSite) -> Moments:
-        """Second moments of a site's input over the calibration set, all earlier changes in place."""
-        if site.index not in self._moments:
+    def moments(
+        self, site: BlockSite, inputs: Grid | None = None, *, largest: bool = False, cross: bool = False
+    ) -> Moments:
+        """Second moments of a site's input over the calibration set, all earlier changes in place.
+
+        `inputs`: the grid the inputs will be rounded to; where its scales follow the data, they are rounded before they
+        are observed. `largest`, `cross`: what else to look at.
+        """
+        asked = inputs, largest or (inputs is not None and inputs.overall), cross
+        if site.index not in self._moments or self._moments[site.index][0] != asked:
             self._moments.clear()  # one at a time: they are the largest thing in memory
-            self._moments[site.index] = self._observe(site)
-        return self._moments[site.index]
+            self._moments[site.index] = asked, self._observe(site, *asked)
+        return self._moments[site.index][1]
+
+    def sample(self, site: BlockSite) -> Float[Tensor, "tokens in"]:
+        """A site's inputs in the first batch of calibration windows, in float32."""
+        return self._run(0, site).flatten(0, -2).float()
+
+    @property
+    def reference(self) -> Reference:
+        """What the original model computes here, transforms included. A stage with `two_streams` has it."""
+        if self._reference is None:
+            self._reference = self._run_original()
+        return self._reference
+
+    def forward(self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output for a batch of hidden states. `weights`: layer → weight [out, in] in place of its own.
+
+        Gradients pass.
+        """
+        turned = self.model.anatomy.transposed
+        given = {
+            f"{name.removeprefix(f'{self.name}.')}.weight": weight.T if turned else weight
+            for name, weight in (weights or {}).items()
+        }
+        result = functional_call(self.module, given, (hidden, *self._arguments.args), self._arguments.kwargs)
+        return result[0] if isinstance(result, tuple) else result
 
     # ---- what a stage changes ---------------------------------------------------------------------------------
 
-    def quantize(self, name: str, tensor: QuantizedTensor) -> None:
-        """Replace a layer's weight by a quantized one."""
+    def quantize(self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None) -> None:
+        """Replace a layer's weight by a quantized one, and have its inputs rounded to the grid `inputs`."""
+        if self._original:
+            _ = self.reference  # from here on the block is not the original any more
         self.quantized[name] = tensor
+        if inputs:
+            self._round_inputs(name, inputs)
         self._set_weight(name, tensor.dequantize(self.model.dtype))
 
     def rewrite(self, name: str, weight: Float[Tensor, "out in"]) -> None:
@@ -137,7 +194,14 @@ class Block:
         """Run the calibration set through the finished block."""
         for start in self._starts:
             outputs.append(self._run(start))
+        if self._original:
+            _ = self.reference  # though nothing was quantized, the next block will ask for it
         return outputs
+
+    def close(self) -> None:
+        """Leave the module as it was found."""
+        for handle in self._rounded.values():
+            handle.remove()
 
     def stored(self, name: str) -> Tensor:
         """A rewritten tensor the way the checkpoint stores it."""
@@ -147,11 +211,41 @@ class Block:
 
     # ---- how ---------------------------------------------------------------------------------------------------
 
-    def _observe(self, site: BlockSite) -> Moments:
-        observer = MomentsObserver(self._width(site.layers[0]))
-        for batch in self._inputs_of(site):
-            observer.update(batch)
+    def _observe(self, site: BlockSite, inputs: Grid | None, largest: bool, cross: bool) -> Moments:
+        observer = MomentsObserver(self._width(site.layers[0]), largest, cross)
+        original = self.reference.sites[site.index] if cross else None
+        for start, batch in zip(self._starts, self._inputs_of(site), strict=True):
+            rounded = round_inputs(batch, inputs) if inputs and not inputs.overall else batch
+            observer.update(rounded, original.read(start, start + self._batch) if original else None)
         return observer.result(self.inputs.windows * self.inputs.length, name=site.layers[0])
+
+    def _round_inputs(self, name: str, grid: Grid) -> None:
+        if name in self._rounded:
+            self._rounded.pop(name).remove()
+        scale = None
+        if grid.overall:
+            site = next(site for site in self.sites if name in site.layers)
+            largest = self.moments(site, grid).largest
+            assert largest is not None, "a grid with one scale for all has its inputs looked at"
+            stored_as = torch.float32 if grid.scale == "e4m3" else self.scale_dtype(name)
+            scale = self.input_scales[name] = input_scale(largest.amax(), grid).to(stored_as).view(1)
+        self._rounded[name] = self.model.round_inputs(name, grid, scale)
+
+    @torch.inference_mode()
+    def _run_original(self) -> Reference:
+        """The block as it is on the original stream: it must not have been quantized yet."""
+        if not self._original:
+            raise ValueError(f"{self.name}: there is no original stream; a stage that wants one says `two_streams`")
+        inputs, outputs = self._original
+        sites = {s.index: self._activations(f"original-inputs-{s.index}", self._width(s.layers[0])) for s in self.sites}
+        with ExitStack() as stack:
+            for site in self.sites:
+                layer = self.model.module.get_submodule(site.layers[0])
+                keep = sites[site.index].append
+                stack.callback(layer.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0])).remove)
+            for start in self._starts:
+                outputs.append(self.forward(inputs.read(start, start + self._batch).to(self.model.device)))
+        return Reference(inputs, outputs, sites)
 
     def _inputs_of(self, site: BlockSite) -> Iterator[Float[Tensor, "batch length in"]]:
         """A site's inputs over the calibration set. Where the site closes a sublayer they are kept."""

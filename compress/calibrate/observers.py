@@ -35,32 +35,43 @@ class Moments:
     """Tokens the expectations are taken over."""
     num_dropped: int = 0
     """Tokens left out because they held a NaN or an infinity."""
+    largest: Float[Tensor, "in"] | None = None
+    """max|x|, where it was asked for."""
+    cross: Float[Tensor, "in in"] | None = None
+    """E[x x̂ᵀ], x being what the original model has where this one has x̂; where that was asked for."""
 
 
 class MomentsObserver:
     """Accumulates `Moments`, batch by batch."""
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(self, in_features: int, largest: bool = False, cross: bool = False) -> None:
         dtype = torch.float64 if in_features < FLOAT64_BELOW else torch.float32
         self._gram = torch.zeros(in_features, in_features, dtype=dtype)
+        self._cross = torch.zeros_like(self._gram) if cross else None
+        self._largest = torch.zeros(in_features) if largest else None
         self._num_tokens = 0
         self._num_dropped = 0
 
     @torch.no_grad()
-    def update(self, inputs: Float[Tensor, "*batch in"]) -> None:
-        """Add a batch; its last axis is the input channels, all others are tokens."""
+    def update(self, inputs: Float[Tensor, "*batch in"], original: Float[Tensor, "*batch in"] | None = None) -> None:
+        """Add a batch; its last axis is the input channels, all others are tokens. `original`: for `cross`."""
         n = len(self._gram)
         x = inputs.reshape(-1, n)
-        suspicious = not x.sum().isfinite()  # if only because a 16-bit sum overflows
-        x = x.float()
+        y = None if original is None else original.reshape(-1, n).to(x.device)
+        suspicious = not x.sum().isfinite() or (y is not None and not y.sum().isfinite())  # or a 16-bit sum overflows
+        x, y = x.float(), None if y is None else y.float()
         if suspicious:
-            finite = x.isfinite().all(dim=1)
+            finite = x.isfinite().all(dim=1) if y is None else (x.isfinite() & y.isfinite()).all(dim=1)
             self._num_dropped += int((~finite).sum())
-            x = x[finite]
+            x, y = x[finite], None if y is None else y[finite]
         self._gram = self._gram.to(x.device)
         with _quick_products(inputs.dtype):
             for a in range(0, n, PANEL):
                 self._gram[a : a + PANEL, a:] += x[:, a : a + PANEL].T @ x[:, a:]
+            if self._cross is not None and y is not None:
+                self._cross = self._cross.to(x.device).add_(y.T @ x)
+        if self._largest is not None and len(x):
+            self._largest = torch.maximum(self._largest.to(x.device), x.abs().amax(dim=0))
         self._num_tokens += len(x)
 
     def result(self, expected_tokens: int, name: str) -> Moments:
@@ -85,7 +96,8 @@ class MomentsObserver:
             raise NumericalError(
                 f"{name}: the inputs' mean energy is {trace:g} over {self._num_tokens} calibration tokens"
             )
-        return Moments(hessian, self._num_tokens, self._num_dropped)
+        cross = None if self._cross is None else self._cross.div_(self._num_tokens)
+        return Moments(hessian, self._num_tokens, self._num_dropped, self._largest, cross)
 
 
 @contextmanager

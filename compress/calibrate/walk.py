@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.calibrate import BATCH_TOKENS
 from compress.calibrate.activations import Activations
-from compress.calibrate.block import Block
+from compress.calibrate.block import Block, Stream
 from compress.calibrate.capture import Arguments, embed
 from compress.models.store import LazyModel
 
@@ -49,6 +49,15 @@ def inputs_of(index: int, scratch: Path) -> Path:
     return scratch / f"activations-{index % 2}"
 
 
+def originals_of(index: int, inputs: Activations, scratch: Path) -> Stream:
+    """The original stream's files into and out of block `index`, beside `inputs`. Into the first go the same."""
+
+    def file(block: int, windows: int) -> Activations:
+        return Activations(scratch / f"original-{block % 2}", inputs.length, inputs.width, inputs.dtype, windows)
+
+    return file(index, inputs.windows) if index else inputs, file(index + 1, 0)
+
+
 def walk(
     model: LazyModel,
     entrance: Entrance,
@@ -56,6 +65,7 @@ def walk(
     scratch: Path,
     work: Callable[[Block], None],
     first: int = 0,
+    two_streams: bool = False,
 ) -> Iterator[tuple[Block, Activations]]:
     """Work on the blocks from `first` on; yields each finished block with the inputs of the next one.
 
@@ -64,11 +74,15 @@ def walk(
     for index in range(first, len(model.blocks)):
         name = model.block_name(index)
         model.materialise(name)
-        block = Block(model, index, inputs, entrance.arguments[index], scratch)
+        original = originals_of(index, inputs, scratch) if two_streams else None
+        block = Block(model, index, inputs, entrance.arguments[index], scratch, original)
         work(block)
         outputs = Activations(inputs_of(index + 1, scratch), inputs.length, inputs.width, inputs.dtype)
         block.propagate(outputs)
         outputs.sync()
+        if original:
+            original[1].sync()
+        block.close()
         yield block, outputs
         del block  # and with it what it holds, before the next one is filled
         inputs = outputs

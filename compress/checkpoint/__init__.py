@@ -15,8 +15,9 @@ from torch import Tensor
 
 from compress.checkpoint.compressed_tensors import CompressedTensors, Compression
 from compress.checkpoint.dense import Dense
+from compress.checkpoint.layouts import Entries
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import Grid
+from compress.core.scheme import Grid, Scheme
 from compress.errors import ModelError
 from compress.models.headers import TensorHeader
 
@@ -34,25 +35,28 @@ class Format(Protocol):
     def packs(self) -> bool:
         """Whether codes are stored, so that `decode` gives them back."""
 
-    def problems(self, name: str, kind: str, shape: tuple[int, int], grid: Grid) -> list[str]:
+    def problems(self, name: str, kind: str, shape: tuple[int, int], scheme: Scheme) -> list[str]:
         """Why this layer cannot be stored, a sentence each; `kind` is the class of its module."""
 
-    def layout(
-        self, name: str, shape: tuple[int, int], grid: Grid, scale_dtype: str
-    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, name: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> Entries:
         """Tensor name → (safetensors dtype, shape) of what `encode` writes, by arithmetic alone."""
 
-    def encode(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
-        """The stored tensors of one layer, contiguous."""
+    def encode(
+        self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The stored tensors of one layer, contiguous. `inputs`: the grid its inputs are rounded to."""
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
-        """The inverse of `encode`. Raises ModelError where the tensors do not fit the grid."""
+        """The weight that `encode` was given. Raises ModelError where the tensors do not fit the grid."""
 
-    def quantization_config(self, grids: Mapping[str, Grid], ignored: Sequence[str]) -> dict[str, Any] | None:
+    def quantization_config(self, schemes: Mapping[str, Scheme], ignored: Sequence[str]) -> dict[str, Any] | None:
         """That entry of config.json, if any; `ignored` names each nn.Linear that stays as it was."""
 
-    def grids(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Grid]:
+    def schemes(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
         """Which layers of a folder are stored quantized and how, from that entry and the headers."""
+
+    def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
+        """The scale of a layer's inputs, where calibration fixed one."""
 
 
 class Options(Protocol):

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from compress.checkpoint.layouts import Entries
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import Grid
+from compress.core.scheme import Grid, Scheme
 from compress.errors import ModelError
 from compress.models.headers import TensorHeader
 
@@ -26,17 +27,21 @@ class Dense:
     name: ClassVar[str] = "dense"
     packs: ClassVar[bool] = False
 
-    def problems(self, name: str, kind: str, shape: tuple[int, int], grid: Grid) -> list[str]:
-        """None: any layer has ordinary weights."""
-        return []
+    def problems(self, name: str, kind: str, shape: tuple[int, int], scheme: Scheme) -> list[str]:
+        """Any layer has ordinary weights; what would be done to its inputs has no place to be said."""
+        if scheme.inputs is None:
+            return []
+        return [
+            f"{name}: an ordinary folder cannot say that {scheme.name} rounds inputs. Use a scheme that ends in a16."
+        ]
 
-    def layout(
-        self, name: str, shape: tuple[int, int], grid: Grid, scale_dtype: str
-    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, name: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> Entries:
         """Tensor name → (safetensors dtype, shape) of what `encode` writes."""
         return {f"{name}.weight": (scale_dtype, shape)}
 
-    def encode(self, name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    def encode(
+        self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The layer's weight."""
         return {f"{name}.weight": tensor.dequantize(tensor.scale.dtype)}
 
@@ -44,9 +49,12 @@ class Dense:
         """Raises ModelError: the codes were not kept."""
         raise ModelError(f"{name}: is stored as ordinary weights; their codes on {grid} were not kept")
 
-    def quantization_config(self, grids: Mapping[str, Grid], ignored: Sequence[str]) -> None:
+    def quantization_config(self, schemes: Mapping[str, Scheme], ignored: Sequence[str]) -> None:
         """None: readers see an ordinary model."""
 
-    def grids(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Grid]:
+    def schemes(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
         """No layer is stored quantized."""
         return {}
+
+    def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
+        """None: inputs are not rounded."""

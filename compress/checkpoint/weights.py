@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.checkpoint import Format, format_of
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import Grid
+from compress.core.scheme import Scheme
 from compress.models.headers import Folder, read_folder
 from compress.models.store import LazyModel, Weights, read_tensor
 
@@ -24,14 +24,14 @@ class QuantizedWeights(Weights):
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder)
         self.format: Format = format_of(folder.config)
-        self.grids: dict[str, Grid] = self.format.grids(folder.config["quantization_config"], self.tensors)
+        self.schemes: dict[str, Scheme] = self.format.schemes(folder.config["quantization_config"], self.tensors)
 
     def __contains__(self, name: str) -> bool:
-        return name.removesuffix(".weight") in self.grids or super().__contains__(name)
+        return name.removesuffix(".weight") in self.schemes or super().__contains__(name)
 
     def read(self, name: str) -> Tensor:
         layer = name.removesuffix(".weight")
-        if layer not in self.grids:
+        if layer not in self.schemes:
             return super().read(name)
         return self.quantized(layer).dequantize(torch.float32)
 
@@ -40,7 +40,14 @@ class QuantizedWeights(Weights):
         stored = {
             name: read_tensor(header) for name, header in self.tensors.items() if name.startswith(f"{layer}.weight")
         }
-        return self.format.decode(layer, stored, self.grids[layer])
+        return self.format.decode(layer, stored, self.schemes[layer].weights)
+
+    def input_scale(self, layer: str) -> Tensor | None:
+        """The scale of one layer's inputs, where calibration fixed one."""
+        stored = {
+            name: read_tensor(header) for name, header in self.tensors.items() if name.startswith(f"{layer}.input")
+        }
+        return self.format.input_scale(layer, stored, self.schemes[layer])
 
 
 def open_weights(path: Path) -> Weights:
@@ -50,5 +57,11 @@ def open_weights(path: Path) -> Weights:
 
 
 def open_model(path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LazyModel:
-    """A folder, ordinary or quantized, as a model whose weights stay on disk."""
-    return LazyModel(open_weights(path), dtype=dtype, device=device)
+    """A folder, ordinary or quantized, as a model whose weights stay on disk. Inputs are rounded as the folder says."""
+    weights = open_weights(path)
+    model = LazyModel(weights, dtype=dtype, device=device)
+    if isinstance(weights, QuantizedWeights):
+        for layer, scheme in weights.schemes.items():
+            if scheme.inputs:
+                model.round_inputs(layer, scheme.inputs, weights.input_scale(layer))
+    return model

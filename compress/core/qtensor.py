@@ -1,11 +1,12 @@
-"""A quantized weight: integer codes, their scales and zero points, and the grid they live on."""
+"""A quantized weight: codes, their scales and zero points, and the grid they live on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import starmap
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Shaped
 from torch import Tensor
 
 from compress.core.scheme import Grid
@@ -13,33 +14,47 @@ from compress.core.scheme import Grid
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """One weight of shape [out, in] on an integer grid: `w = (codes - zero_point) · scale`.
+    """One weight of shape [out, in] on a grid: `w = (codes - zero_point) · scale`.
 
-    `scale` is kept in the dtype it is stored in, so that every reader computes with the same number.
-    A symmetric scale may be negative: the sign decides which end of the grid has the extra level.
+    Codes are int8 on an integer grid, and float8 (E4M3) on a float grid, whose levels it holds one and all. `scale` is
+    kept in the dtype it is stored in, so that every reader computes with the same number. An integer's symmetric scale
+    may be negative: the sign decides which end of the grid has the extra level. Where the grid has scales of E4M3, what
+    counts is `scale / global_scale`.
     """
 
-    codes: Int8[Tensor, "out in"]
-    scale: Float[Tensor, "out groups"]
-    zero_point: Int8[Tensor, "out groups"] | None
+    codes: Shaped[Tensor, "out in"]
+    scale: Shaped[Tensor, "rows groups"]
+    """`grid.scale_shape`: one row for each row of codes, unless the grid shares them."""
+    zero_point: Int8[Tensor, "rows groups"] | None
     grid: Grid
+    global_scale: Float[Tensor, 1] | None = None
 
     def __eq__(self, other: object) -> bool:
         """The same grid and, bit for bit, the same codes, scales and zero points."""
         if not isinstance(other, QuantizedTensor):
             return NotImplemented
-        pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.zero_point, other.zero_point))
-        return self.grid == other.grid and all(
-            (mine is None and its is None) or (mine is not None and its is not None and torch.equal(mine, its))
-            for mine, its in pairs
-        )
+        return self.grid == other.grid and all(starmap(_same, zip(self._tensors, other._tensors, strict=True)))
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.codes, self.scale, self.zero_point, self.global_scale
 
     @property
     def shape(self) -> tuple[int, int]:
         out_features, in_features = self.codes.shape
         return out_features, in_features
+
+    @property
+    def step(self) -> Float[Tensor, "out groups"]:
+        """What one unit of a code is worth, in float32, for every row."""
+        step = self.scale.to(torch.float32)
+        if self.global_scale is not None:
+            step = step / self.global_scale
+        if self.grid.rows == 1:
+            return step
+        return step.repeat_interleave(self.grid.rows or len(self.codes), dim=0)[: len(self.codes)]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The weight these codes stand for, computed in float32 and rounded once to `dtype`."""
@@ -47,4 +62,11 @@ class QuantizedTensor:
         grouped = self.codes.view(rows, self.scale.shape[1], -1).to(torch.float32)
         if self.zero_point is not None:
             grouped = grouped - self.zero_point.to(torch.float32).unsqueeze(-1)
-        return (grouped * self.scale.to(torch.float32).unsqueeze(-1)).view(rows, columns).to(dtype)
+        return (grouped * self.step.unsqueeze(-1)).view(rows, columns).to(dtype)
+
+
+def _same(mine: Tensor | None, its: Tensor | None) -> bool:
+    """Bit for bit: floats of 8 bits cannot be compared in any other way."""
+    if mine is None or its is None:
+        return mine is its
+    return mine.dtype == its.dtype and torch.equal(mine.view(torch.uint8), its.view(torch.uint8))

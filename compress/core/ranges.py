@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from compress.core.affine import by_group, params_from_range, storable
+from compress.core.affine import by_group, params_from_range, quantize, storable
+from compress.core.floats import quantize_float
 from compress.core.scheme import Grid
 
 Range = Literal["minmax", "mse", "importance"]
@@ -61,6 +62,13 @@ def minmax(weight: Float[Tensor, "out in"], grid: Grid, dtype: torch.dtype) -> P
     """The range that covers every weight of the group."""
     lo, hi = by_group(weight, grid).aminmax(dim=-1)
     return params_from_range(lo, hi, grid, dtype)
+
+
+def nearest(weight: Float[Tensor, "out in"], grid: Grid, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    """`weight` rounded to nearest on the grid that covers all of it, integer or float."""
+    if grid.kind == "float":
+        return quantize_float(weight, grid, dtype, search=False).dequantize()
+    return quantize(weight, *minmax(weight, grid, dtype), grid).dequantize()
 
 
 def search(

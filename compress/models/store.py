@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from compress.core.inputs import round_inputs
+from compress.core.scheme import Grid
 from compress.errors import ModelError, RequestError
 from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
@@ -117,6 +120,11 @@ class LazyModel:
     def set_parameter(self, name: str, tensor: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
         self.module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def round_inputs(self, name: str, grid: Grid, scale: Tensor | None = None) -> RemovableHandle:
+        """From now on a layer's inputs are rounded to a grid before it sees them, until the handle is removed."""
+        layer = self.module.get_submodule(name)
+        return layer.register_forward_pre_hook(lambda _, args: (round_inputs(args[0], grid, scale), *args[1:]))
 
     @contextmanager
     def streamed(self) -> Iterator[nn.Module]:

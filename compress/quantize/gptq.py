@@ -16,6 +16,8 @@ Where we go beyond the paper, each step measured on trained weights:
 - `act_order="group"` keeps whole groups together (sorted inside and out by H_jj), so that a group's range can be taken
   when its turn comes, from the weights as updated by then. `"none"` does that in the natural order.
 - Afterwards scales and codes are revisited by coordinate descent (`compress.quantize.refine`).
+- Given how the inputs differ from the original model's, the errors of earlier layers are made up for as well
+  (`compress.quantize.asymmetric`): W is then replaced by a target from the start.
 
 Inputs that never fired have an undefined column in H; they are made independent of all others, so their weights are
 rounded to nearest. Should H defy Cholesky under all damping, so are all weights, and the result says so.
@@ -37,15 +39,15 @@ from compress.core.linalg import NotPositiveDefinite, dead_columns, inverse_chol
 from compress.core.metrics import relative_error
 from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
-from compress.core.scheme import Grid, parse_scheme
+from compress.core.scheme import Grid, GroupSize, Scheme, parse_scheme
 from compress.errors import NumericalError
+from compress.quantize.asymmetric import LIMIT, Target, closed_form, gptaq
 from compress.quantize.refine import refine
-from compress.quantize.rtn import check_grid, check_range, naming, rtn
+from compress.quantize.rtn import check_range, naming, rtn
 from compress.stage import LayerReport
 
 if TYPE_CHECKING:
-    from compress.calibrate.block import Block
-    from compress.calibrate.observers import Moments
+    from compress.calibrate.block import Block, BlockSite
 
 ActOrder = Literal["none", "static", "group"]
 SLICE = 1 << 22
@@ -63,6 +65,8 @@ class GPTQResult:
     """Why the weights were rounded to nearest instead, if they were."""
     num_dead: int
     """Inputs that were zero on every calibration token."""
+    moved: Float[Tensor, " out"]
+    """How far each output channel was to move before it was rounded, relative to its norm; LIMIT of it was granted."""
 
 
 def gptq(
@@ -76,39 +80,55 @@ def gptq(
     damping: float = 0.01,
     block_size: int = 128,
     sweeps: int = 2,
+    cross: Float[Tensor, "in in"] | None = None,
+    target: Target = "closed",
+    share: float = 0.5,
 ) -> GPTQResult:
     """Quantize `weight` for inputs with second moments `hessian`.
 
+    With the moments `cross` of the original model's inputs with these, the output to reproduce is that of the original:
+    by the closed form, or by GPTAQ in the loop and the closed form in the refinement; `share` of the way.
+
     The column loop runs in float32, the factorisation in the dtype of `hessian` (float64 wanted). `block_size`: columns
     between two updates of all later columns, which changes the speed only. `sweeps` of refinement, 0 for plain GPTQ.
-    Raises NumericalError where the weight or the Hessian is not finite.
+    Raises NumericalError where the weight, the Hessian or the cross moment is not finite.
     """
     if not hessian.isfinite().all():
         bad = int((~hessian.isfinite()).sum())
         raise NumericalError(f"the Hessian has {bad} NaN or infinite entries of {hessian.numel()}")
+    observed = hessian
     dead = dead_columns(hessian)
     num_dead = int(dead.sum())
     if num_dead:
         hessian = hessian.masked_fill(dead | dead.unsqueeze(1), 0)
         hessian.diagonal()[dead] = hessian.diagonal().mean()
     importance = hessian.diagonal().float()
+    goal = weight.float()
+    moved = goal.new_zeros(len(goal))
     try:
+        if cross is not None:
+            goal, moved = closed_form(goal, observed, cross, damping=damping, share=share)
         order = _order(hessian, grid, act_order, damping)
         upper, used = inverse_cholesky(hessian, damping, order)
     except NotPositiveDefinite as error:
-        nearest = rtn(weight, grid, scale_dtype=scale_dtype, range=range, importance=importance)
-        return GPTQResult(nearest, damping, f"round to nearest, because {error}", num_dead)
+        nearest = rtn(goal, grid, scale_dtype=scale_dtype, range=range, importance=importance)
+        return GPTQResult(nearest, damping, f"round to nearest, because {error}", num_dead, moved)
+    start, pull = goal, None
+    if cross is not None and target == "gptaq":
+        start, pull = weight.float(), gptaq(observed, cross, upper, order, share=share).float()
     upper = upper.div_(upper.diagonal().unsqueeze(1).clone()).float()
-    slices = weight.float().split(max(1, SLICE // weight.shape[1]))
+    size = max(1, SLICE // weight.shape[1])
     static = act_order == "static"
-    parts = [_solve(rows, upper, order, grid, scale_dtype, range, importance, static, block_size) for rows in slices]
-    del upper
+    parts = [
+        _solve(rows, upper, pull, order, grid, scale_dtype, range, importance, static, block_size)
+        for rows in start.split(size)
+    ]
+    del upper, pull
     if sweeps:
         metric = hessian.float()
-        parts = [
-            refine(rows, part, metric, damping=used, sweeps=sweeps) for rows, part in zip(slices, parts, strict=True)
-        ]
-    return GPTQResult(_stack(parts), used, None, num_dead)
+        slices = zip(goal.split(size), parts, strict=True)
+        parts = [refine(rows, part, metric, damping=used, sweeps=sweeps) for rows, part in slices]
+    return GPTQResult(_stack(parts), used, None, num_dead, moved)
 
 
 def _order(hessian: Tensor, grid: Grid, act_order: ActOrder, damping: float) -> Int[Tensor, "in"]:
@@ -126,6 +146,7 @@ def _order(hessian: Tensor, grid: Grid, act_order: ActOrder, damping: float) -> 
 def _solve(
     weight: Float[Tensor, "out in"],
     upper: Float[Tensor, "in in"],
+    pull: Float[Tensor, "in in"] | None,
     order: Int[Tensor, "in"],
     grid: Grid,
     dtype: torch.dtype,
@@ -134,7 +155,7 @@ def _solve(
     static: bool,
     block_size: int,
 ) -> QuantizedTensor:
-    """The column loop. `upper`: U with its rows divided by U_jj, so that errors need no division.
+    """The column loop. `upper`: U with its rows divided by U_jj, so that errors need no division. `pull`: of GPTAQ.
 
     Not `static`: a group's range is chosen anew from its updated weights when its turn comes.
     """
@@ -146,7 +167,8 @@ def _solve(
     alone = Grid(grid.bits, grid.symmetric)
     group_of = (order // size).tolist()
     block = block_size if static else math.gcd(block_size, size)
-    # Transposed, so that a column of the weight is contiguous; levels are codes with their zero point subtracted.
+    # Transposed, so that a column of the weight is contiguous; levels are codes with their zero point subtracted. A
+    # column of W stays as it was when it was rounded.
     W = weight.T[order]
     levels = torch.empty_like(W)
     errors = torch.empty(min(block, columns), rows, device=weight.device)
@@ -159,12 +181,17 @@ def _solve(
                 Z[group_of[a]] = offset.squeeze(1)
         lo, hi = (grid.qmin - Z).unbind(), (grid.qmax - Z).unbind()
         feedback = upper[a:b, a:].T.contiguous()
+        drawn = None if pull is None else pull[a:b, a:].T.contiguous()
         for k, (w, level, g) in enumerate(zip(W[a:b], levels[a:b], group_of[a:b], strict=True)):
             if k:
                 w.addmv_(errors[:k].T, feedback[k, :k], alpha=-1)
+                if drawn is not None:
+                    w.addmv_(W[a : a + k].T, drawn[k, :k])
             torch.div(w, S[g], out=level).round_().clamp_(lo[g], hi[g])
             torch.addcmul(w, level, S[g], value=-1, out=errors[k])
         W[b:].addmm_(feedback[b - a :], errors[: b - a], alpha=-1)
+        if drawn is not None:
+            W[b:].addmm_(drawn[b - a :], W[a:b])
     codes = levels[order.argsort()].view(-1, size, rows).add_(Z.unsqueeze(1)).view(columns, rows)
     zero_point = None if zero is None else Z.T.to(torch.int8).contiguous()
     return QuantizedTensor(codes.T.to(torch.int8).contiguous(), S.T.to(dtype).contiguous(), zero_point, grid)
@@ -197,7 +224,7 @@ class GPTQ:
     calibrated: ClassVar[bool] = True
 
     scheme: str
-    group_size: int | None = 128
+    group_size: GroupSize = "auto"
     symmetric: bool = True
     range: Range = "importance"
     act_order: bool | ActOrder = True
@@ -205,11 +232,16 @@ class GPTQ:
     damping: float = 0.01
     block_size: int = 128
     sweeps: int = 2
+    asymmetric: bool | Target = False
+    """Whether to make up for the errors of earlier layers. True means "closed"."""
+    share: float = 0.5
+    """How much of them, where `asymmetric`."""
     layers: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_grid(self.scheme, self.group_size)
+        if parse_scheme(self.scheme, self.group_size, self.symmetric).weights.kind == "float":
+            raise ValueError(f"scheme={self.scheme} has float weights, and gptq rounds to integers; use rtn")
         check_range(self.range)
         if not isinstance(self.act_order, bool) and self.act_order not in get_args(ActOrder):
             raise ValueError(f"act_order={self.act_order!r} must be true, false, {', '.join(get_args(ActOrder))}")
@@ -219,10 +251,14 @@ class GPTQ:
             raise ValueError(f"block_size={self.block_size} must be at least 1; 128 is usual")
         if self.sweeps < 0:
             raise ValueError(f"sweeps={self.sweeps} must be at least 0, which is GPTQ without refinement")
+        if not isinstance(self.asymmetric, bool) and self.asymmetric not in get_args(Target):
+            raise ValueError(f"asymmetric={self.asymmetric!r} must be true, false, {', '.join(get_args(Target))}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} must be above 0 and at most 1; 0.5 is usual")
 
     @property
-    def grid(self) -> Grid:
-        return Grid(parse_scheme(self.scheme), self.symmetric, self.group_size)
+    def resolved(self) -> Scheme:
+        return parse_scheme(self.scheme, self.group_size, self.symmetric)
 
     @property
     def order(self) -> ActOrder:
@@ -231,16 +267,31 @@ class GPTQ:
             return "static" if self.act_order else "none"
         return self.act_order
 
-    def apply(self, block: Block, grids: Mapping[str, Grid]) -> list[LayerReport]:
-        """Quantize the layers in `grids`, site by site, each on inputs that the sites before have already changed."""
+    @property
+    def two_streams(self) -> bool:
+        """Whether it needs the inputs of the original model beside those of the compressed one."""
+        return self.asymmetric is not False
+
+    @property
+    def target(self) -> Target:
+        """`asymmetric` by its full name, where it is wanted."""
+        return "closed" if isinstance(self.asymmetric, bool) else self.asymmetric
+
+    def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
+        """Quantize the layers in `schemes`, site by site, each on inputs that the sites before have already changed.
+
+        The error reported is that of Ŵ x̂ as an approximation of W x̂. If `asymmetric`, W x is approximated instead, and
+        that error would take E[x xᵀ] as well: what is reported is then higher than without, and does not show the gain.
+        """
         return [
             report
             for site in block.sites
-            for alike in _alike([name for name in site.layers if name in grids], grids, block)
-            for report in self._quantize(block, alike, grids[alike[0]], block.moments(site))
+            for alike in _alike([name for name in site.layers if name in schemes], schemes, block)
+            for report in self._quantize(block, site, alike, schemes[alike[0]])
         ]
 
-    def _quantize(self, block: Block, names: Sequence[str], grid: Grid, moments: Moments) -> list[LayerReport]:
+    def _quantize(self, block: Block, site: BlockSite, names: Sequence[str], scheme: Scheme) -> list[LayerReport]:
+        moments = block.moments(site, scheme.inputs, cross=self.two_streams)
         weights = [block.weight(name) for name in names]
         rows = [len(weight) for weight in weights]
         stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -249,13 +300,16 @@ class GPTQ:
             result = gptq(
                 stacked,
                 moments.hessian,
-                grid,
+                scheme.weights,
                 scale_dtype=block.scale_dtype(names[0]),
                 range=self.range,
                 act_order=self.order,
                 damping=self.damping,
                 block_size=self.block_size,
                 sweeps=self.sweeps,
+                cross=moments.cross,
+                target=self.target,
+                share=self.share,
             )
         notes = [result.fallback] if result.fallback else []
         if result.damping > self.damping:
@@ -265,16 +319,18 @@ class GPTQ:
             notes.append(f"{moments.num_dropped} of {seen} calibration tokens were not finite and left out")
         reports = []
         tensors = _unstack(result.tensor, rows)
-        for name, weight, tensor in zip(names, weights, tensors, strict=True):
-            block.quantize(name, tensor)
+        for name, weight, tensor, moved in zip(names, weights, tensors, result.moved.split(rows), strict=True):
+            block.quantize(name, tensor, scheme.inputs)
             lost = relative_error(weight, tensor.dequantize(), moments.hessian)
-            reports.append(LayerReport(name, grid.scheme, lost, "; ".join(notes) or None))
+            far = moved[moved > LIMIT]
+            held = [f"{len(far)} channels held to {LIMIT} of their norm, not {far.max():.2f}"] if len(far) else []
+            reports.append(LayerReport(name, scheme.name, lost, "; ".join(notes + held) or None))
         return reports
 
 
-def _alike(names: Sequence[str], grids: Mapping[str, Grid], block: Block) -> list[list[str]]:
+def _alike(names: Sequence[str], schemes: Mapping[str, Scheme], block: Block) -> list[list[str]]:
     """Layers of one input that go onto the same grid, and so can be stacked."""
-    stacks: dict[tuple[Grid, torch.dtype], list[str]] = {}
+    stacks: dict[tuple[Scheme, torch.dtype], list[str]] = {}
     for name in names:
-        stacks.setdefault((grids[name], block.scale_dtype(name)), []).append(name)
+        stacks.setdefault((schemes[name], block.scale_dtype(name)), []).append(name)
     return list(stacks.values())

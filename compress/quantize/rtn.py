@@ -17,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compress.core import affine, ranges
+from compress.core.floats import quantize_float
 from compress.core.metrics import relative_error
 from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
-from compress.core.scheme import Grid, parse_scheme
+from compress.core.scheme import Grid, GroupSize, Scheme, parse_scheme
 from compress.errors import NumericalError
 from compress.stage import LayerReport
 
@@ -35,11 +36,17 @@ def rtn(
     scale_dtype: torch.dtype,
     range: Range = "mse",
     importance: Float[Tensor, "in"] | None = None,
+    largest: float | None = None,
 ) -> QuantizedTensor:
     """The weight rounded to nearest on `grid`, with scales by the rule `range`.
 
-    `importance`: E[x²] per input, for `range="importance"`. Raises NumericalError on NaN or infinite weights.
+    `importance`: E[x²] per input, for `range="importance"`. `largest`: max|w| over the layers that an engine runs as
+    one, whose NVFP4 scales must agree. Raises NumericalError on NaN or infinite weights.
     """
+    if grid.kind == "float":
+        mass = importance if range == "importance" else None
+        searched = range != "minmax"
+        return quantize_float(weight, grid, scale_dtype, search=searched, importance=mass, largest=largest)
     scale, zero_point = ranges.choose(weight, grid, scale_dtype, range, importance)
     return affine.quantize(weight, scale, zero_point, grid)
 
@@ -50,44 +57,47 @@ class RTN:
 
     name: ClassVar[str] = "rtn"
     quantizes: ClassVar[bool] = True
+    two_streams: ClassVar[bool] = False
 
     scheme: str
-    group_size: int | None = 128
+    group_size: GroupSize = "auto"
     symmetric: bool = True
     range: Range = "mse"
     layers: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_grid(self.scheme, self.group_size)
+        parse_scheme(self.scheme, self.group_size, self.symmetric)
         check_range(self.range)
 
     @property
-    def grid(self) -> Grid:
-        return Grid(parse_scheme(self.scheme), self.symmetric, self.group_size)
+    def resolved(self) -> Scheme:
+        return parse_scheme(self.scheme, self.group_size, self.symmetric)
 
     @property
     def calibrated(self) -> bool:
-        return self.range == "importance"
+        return self.range == "importance" or self.resolved.static
 
-    def apply(self, block: Block, grids: Mapping[str, Grid]) -> list[LayerReport]:
-        """Quantize the layers in `grids`; looks at calibration inputs only for `range="importance"`."""
+    def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
+        """Quantize the layers in `schemes`; looks at calibration inputs only where ranges or scales depend on them."""
         reports = []
         for site in block.sites:
-            names = [name for name in site.layers if name in grids]
+            names = [name for name in site.layers if name in schemes]
             hessian = block.moments(site).hessian if self.calibrated and names else None
+            largest = max((float(block.weight(name).abs().max()) for name in names), default=0.0)
             for name in names:
-                weight, grid = block.weight(name), grids[name]
+                weight, scheme = block.weight(name), schemes[name]
                 with naming(name):
                     tensor = rtn(
                         weight,
-                        grid,
+                        scheme.weights,
                         scale_dtype=block.scale_dtype(name),
                         range=self.range,
                         importance=None if hessian is None else hessian.diagonal(),
+                        largest=largest,
                     )
-                block.quantize(name, tensor)
-                reports.append(LayerReport(name, grid.scheme, relative_error(weight, tensor.dequantize(), hessian)))
+                block.quantize(name, tensor, scheme.inputs)
+                reports.append(LayerReport(name, scheme.name, relative_error(weight, tensor.dequantize(), hessian)))
         return reports
 
 
@@ -98,13 +108,6 @@ def naming(*layers: str) -> Iterator[None]:
         yield
     except NumericalError as error:
         raise NumericalError(f"{', '.join(layers)}: {error}") from error
-
-
-def check_grid(scheme: str, group_size: int | None) -> None:
-    """Raises ValueError where no weight grid can be made of these settings."""
-    parse_scheme(scheme)
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size={group_size} must be at least 1, or null for one scale per output channel")
 
 
 def check_range(range: str) -> None:

@@ -72,13 +72,15 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
     lazy = LazyModel(weights, dtype=dtype, device=device)
     model: Any = lazy.module
     modules = dict(model.named_modules())
-    for name in weights.grids:
+    for name in weights.schemes:
         _check_linear(modules.get(name), name, folder)
     for names in _launches(weights):
         biases = [weights.read(f"{name}.bias") for name in names if modules[name].bias is not None]
         layer = QuantLinear.from_quantized(
             _stacked([weights.quantized(name) for name in names]),
             torch.cat(biases) if biases else None,
+            inputs=weights.schemes[names[0]].inputs,
+            input_scale=weights.input_scale(names[0]),
             dtype=dtype,
             device=device,
         )
@@ -94,14 +96,18 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
 
 
 def _launches(weights: QuantizedWeights) -> list[list[str]]:
-    """The quantized layers; those of a block that share input, grid and having a bias stand together and run as one."""
+    """The quantized layers; those of a block that share input, scheme and having a bias stand together and run as one.
+
+    Floats do not: rows of different layers have scales that cannot be stacked.
+    """
     anatomy = weights.anatomy
     site_of = {local: number for number, site in enumerate(anatomy.sites) if site.fused for local in site.layers}
     launches: dict[Hashable, list[str]] = {}
-    for name, grid in weights.grids.items():
+    for name, scheme in weights.schemes.items():
         block, _, local = name.removeprefix(f"{anatomy.blocks}.").partition(".")
-        shared = block, site_of.get(local), grid, f"{name}.bias" in weights
-        launches.setdefault(shared if local in site_of else name, []).append(name)
+        shared = block, site_of.get(local), scheme, f"{name}.bias" in weights
+        alone = local not in site_of or scheme.weights.kind == "float"
+        launches.setdefault(name if alone else shared, []).append(name)
     return list(launches.values())
 
 

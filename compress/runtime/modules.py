@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import quant_kernels
+from compress.core.inputs import round_inputs
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import Grid
+from compress.core.scheme import Grid, Scheme
 from quant_kernels import Packed
 
 
@@ -25,18 +26,21 @@ class QuantLinear(nn.Module):
     scale: Tensor
     zero_point: Tensor | None
     bias: Tensor | None
+    input_scale: Tensor | None
 
-    def __init__(self, packed: Packed, bias: Tensor | None, grid: Grid) -> None:
+    def __init__(self, packed: Packed, bias: Tensor | None, scheme: Scheme, input_scale: Tensor | None = None) -> None:
         super().__init__()
         self.in_features = packed.in_features
         self.out_features = packed.out_features
-        self.grid = grid
+        self.scheme = scheme
         self.backend = packed.kernel
+        self._bits = packed.bits
         self._packed: Packed | None = None
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scale", packed.scale)
         self.register_buffer("zero_point", packed.zero_point)
         self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", input_scale)
 
     @classmethod
     def from_quantized(
@@ -44,27 +48,30 @@ class QuantLinear(nn.Module):
         weight: QuantizedTensor,
         bias: Tensor | None = None,
         *,
+        inputs: Grid | None = None,
+        input_scale: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> QuantLinear:
-        """Pack a weight for activations of `dtype` on `device`."""
+        """Pack a weight for activations of `dtype` on `device`, rounded to the grid `inputs` first if there is one."""
         packed = quant_kernels.pack(
             weight.codes,
-            weight.scale,
+            weight.scale if weight.grid.kind == "int" else weight.step,
             weight.zero_point,
             bits=weight.grid.bits,
             dtype=dtype,
             device=str(device),
         )
         bias = None if bias is None else bias.detach().to(device=device, dtype=dtype)
-        return cls(packed, bias, weight.grid)
+        input_scale = None if input_scale is None else input_scale.to(device)
+        return cls(packed, bias, Scheme(weight.grid, inputs), input_scale)
 
     @property
     def packed(self) -> Packed:
         """The buffers as a weight; made once, since looking up a module's buffers takes longer than a small layer."""
         if self._packed is None or self._packed.codes is not self._buffers["codes"]:
             tensors = self.codes, self.scale, self.zero_point
-            self._packed = Packed(self.backend, self.grid.bits, self.out_features, self.in_features, *tensors)
+            self._packed = Packed(self.backend, self._bits, self.out_features, self.in_features, *tensors)
         return self._packed
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
@@ -72,6 +79,8 @@ class QuantLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.scheme.inputs:
+            x = round_inputs(x, self.scheme.inputs, self.input_scale)
         return quant_kernels.linear(x, self.packed, self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,10 +88,11 @@ class QuantLinear(nn.Module):
         return quant_kernels.dequantize(self.packed, dtype)
 
     def extra_repr(self) -> str:
-        group_size = "" if self.grid.group_size is None else f", group_size={self.grid.group_size}"
+        size = self.scheme.weights.group_size
+        group_size = "" if size is None else f", group_size={size}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self.grid.scheme}{group_size}, backend={self.backend}"
+            f"bias={self.bias is not None}, {self.scheme.name}{group_size}, backend={self.backend}"
         )
 
 

@@ -6,5 +6,6 @@
 from __future__ import annotations
 
 from compress.transform.awq import AWQ
+from compress.transform.smoothquant import SmoothQuant
 
-TRANSFORMS = {transform.name: transform for transform in (AWQ,)}
+TRANSFORMS = {transform.name: transform for transform in (AWQ, SmoothQuant)}

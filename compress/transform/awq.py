@@ -30,10 +30,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from compress.core import affine, ranges
 from compress.core.affine import by_group
 from compress.core.metrics import quadratic_error, relative_error
-from compress.core.scheme import Grid
+from compress.core.ranges import nearest
+from compress.core.scheme import Grid, Scheme
 from compress.stage import LayerReport
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def search_scale(
 
     def error(scale: Tensor) -> float:
         return sum(
-            quadratic_error(weight, _nearest(weight * scale, grid, scale_dtype) / scale, hessian)
+            quadratic_error(weight, nearest(weight * scale, grid, scale_dtype) / scale, hessian)
             for weight, grid in zip(weights, grids, strict=True)
         )
 
@@ -104,17 +104,12 @@ def _clip(
     least = torch.full_like(largest, torch.inf)
     for step in range(CLIP_STEPS):
         limit = largest * (1 - step / 20)
-        rounded = _nearest(w.clamp(-limit, limit).view_as(weight), grid, dtype)
+        rounded = nearest(w.clamp(-limit, limit).view_as(weight), grid, dtype)
         change = (by_group(rounded, grid) - w).transpose(0, 1)
         error = ((change @ blocks) * change).sum(dim=-1).T.unsqueeze(-1)
         best = torch.where(error < least, limit, best)
         least = torch.minimum(error, least)
     return w.clamp(-best, best).view_as(weight)
-
-
-def _nearest(weight: Float[Tensor, "out in"], grid: Grid, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-    """Rounded to nearest on the grid that covers every weight."""
-    return affine.quantize(weight, *ranges.minmax(weight, grid, dtype), grid).dequantize()
 
 
 @dataclass(frozen=True)
@@ -124,6 +119,7 @@ class AWQ:
     name: ClassVar[str] = "awq"
     quantizes: ClassVar[bool] = False
     calibrated: ClassVar[bool] = True
+    two_streams: ClassVar[bool] = False
 
     scale_steps: int = 20
     """Exponents tried, from 0 in equal steps to below 1."""
@@ -133,16 +129,17 @@ class AWQ:
         if self.scale_steps < 1:
             raise ValueError(f"scale_steps={self.scale_steps} must be at least 1; 20 is usual")
 
-    def apply(self, block: Block, grids: Mapping[str, Grid]) -> list[LayerReport]:
-        """Scale and clip the layers in `grids`; layers outside it that share an input are scaled along."""
+    def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
+        """Scale and clip the layers in `schemes`; layers outside it that share an input are scaled along."""
         return [
             report
             for site in block.sites
-            if any(name in grids for name in site.layers)
-            for report in self._apply(block, site, grids)
+            if any(name in schemes for name in site.layers)
+            for report in self._apply(block, site, schemes)
         ]
 
-    def _apply(self, block: Block, site: BlockSite, grids: Mapping[str, Grid]) -> list[LayerReport]:
+    def _apply(self, block: Block, site: BlockSite, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
+        grids = {name: schemes[name].weights for name in site.layers if name in schemes}
         hessian = block.moments(site).hessian
         weights = {name: block.weight(name) for name in site.layers}
         owned = [name for name in site.layers if name in grids]
@@ -170,6 +167,6 @@ class AWQ:
             if self.clip and role not in NO_CLIP:
                 weight = search_clip(weight, hessian, grids[name], scale_dtype=dtype)
                 block.rewrite(name, weight)
-            error = relative_error(weights[name], _nearest(weight, grids[name], dtype), hessian)
-            reports.append(LayerReport(name, grids[name].scheme, error))
+            error = relative_error(weights[name], nearest(weight, grids[name], dtype), hessian)
+            reports.append(LayerReport(name, schemes[name].name, error))
         return reports

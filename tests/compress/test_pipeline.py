@@ -127,6 +127,46 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert contents(output) == contents(finished)
 
 
+def test_a_run_with_two_streams_and_rounded_inputs_resumes_to_the_same_bytes(
+    tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = ["gptq.scheme=w4a8", "gptq.asymmetric=true"]
+
+    def interrupt(phase: str, share: float, words: str) -> None:
+        if words == "block 3 of 3":
+            raise KeyboardInterrupt
+
+    compressed(tiny, text, tmp_path / "whole", *settings)
+    with pytest.raises(KeyboardInterrupt):
+        compressed(tiny, text, tmp_path / "out", *settings, progress=interrupt)
+    compressed(tiny, text, tmp_path / "out", *settings, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "w4a8", "w4a8-fp8"])
+def test_rounded_inputs_are_loaded_as_they_were_scored(scheme: str, tiny: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    compressed(tiny, text, tmp_path / "out", f"gptq.scheme={scheme}")
+    tokens = torch.arange(2, 42).view(2, 20)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(tokens).logits
+        ours = compress.load(tmp_path / "out", dtype=torch.float32)[0](tokens).logits
+    assert ((theirs - ours).norm() / theirs.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "mxfp4a16", "nvfp4a16"])
+def test_float_weights_are_loaded_as_they_were_scored(scheme: str, tiny: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    settings = [f"rtn.scheme={scheme}", "rtn.group_size=auto", "checkpoint.compression=auto", *SMALL[1:3]]
+    compress.run("w4a16-rtn", model=str(tiny), output=tmp_path / "out", calibration=str(text), overrides=settings)
+    tokens = torch.arange(2, 42).view(2, 20)
+    dtype = torch.bfloat16 if "fp4" in scheme else torch.float32  # the package decompresses FP4 to that only
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)(tokens).logits.float()
+        ours = compress.load(tmp_path / "out", dtype=dtype)[0](tokens).logits.float()
+    assert ((theirs - ours).norm() / theirs.norm()).item() < (0.02 if dtype == torch.bfloat16 else 1e-3)
+
+
 def test_a_resumed_run_must_be_the_same_run(tiny: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         compressed(tiny, text, tmp_path / "out", progress=interrupt)
@@ -161,8 +201,8 @@ def test_a_layer_that_does_not_decode_to_what_was_encoded_stops_the_run(
     """One bit of one layer flips between the walk and the disk."""
     encode = CompressedTensors.encode
 
-    def damaged(self: CompressedTensors, name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
-        tensors = encode(self, name, tensor)
+    def damaged(self: CompressedTensors, name: str, tensor: QuantizedTensor, *rest: Any) -> dict[str, torch.Tensor]:
+        tensors = encode(self, name, tensor, *rest)
         if name.endswith("layers.1.mlp.down_proj"):
             tensors[f"{name}.weight_packed"][0, 0] ^= 0x70
         return tensors

@@ -11,6 +11,7 @@ from compress.calibrate.activations import Activations
 from compress.calibrate.block import Block
 from compress.calibrate.walk import enter, walk
 from compress.core.affine import quantize
+from compress.core.inputs import round_inputs
 from compress.core.ranges import minmax
 from compress.core.scheme import Grid
 from compress.models.store import LazyModel
@@ -86,6 +87,62 @@ def test_stored_inputs_are_dropped_when_something_before_them_changes(block: Blo
     before = block.moments(output).hessian
     rounded(block, attention.layers[0])
     assert not torch.equal(block.moments(output).hessian, before)
+
+
+def test_the_original_stream_is_that_of_the_block_before_it_was_quantized(block: Block, tmp_path: Path) -> None:
+    outputs = Activations(tmp_path / "original", 24, 64, torch.float32)
+    block._original = (block.inputs, outputs)
+    expected = {site.index: observed_directly(block, site.layers[0]) for site in block.sites}
+    before = block.forward(block.inputs.read(0, 9))
+    for site in block.sites:
+        for name in site.layers:
+            rounded(block, name)
+    for index, seen in expected.items():
+        assert torch.allclose(block.reference.sites[index].read(0, 9).flatten(0, 1), seen, atol=1e-6)
+    assert torch.allclose(outputs.read(0, 9), before, atol=1e-5)
+
+
+def test_the_cross_moment_is_that_of_original_and_compressed_inputs(block: Block, tmp_path: Path) -> None:
+    block._original = (block.inputs, Activations(tmp_path / "original", 24, 64, torch.float32))
+    site = block.sites[2]
+    original = observed_directly(block, site.layers[0]).double()
+    for name in block.sites[0].layers:
+        rounded(block, name)
+    compressed = observed_directly(block, site.layers[0]).double()
+    cross = block.moments(site, cross=True).cross
+    assert cross is not None
+    expected = original.T @ compressed / len(original)
+    assert torch.allclose(cross, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+
+
+def test_there_is_no_original_stream_unless_the_walk_keeps_one(block: Block) -> None:
+    with pytest.raises(ValueError, match="there is no original stream"):
+        _ = block.reference
+
+
+def test_rounded_inputs_are_what_a_layer_and_its_statistics_see(block: Block) -> None:
+    site, grid = block.sites[0], Grid(4)
+    plain = observed_directly(block, site.layers[0])
+    expected = round_inputs(plain, grid).double()
+    hessian = block.moments(site, grid).hessian
+    assert torch.allclose(hessian, expected.T @ expected / len(expected), rtol=1e-4, atol=1e-6)
+    name = site.layers[0]
+    before = block.forward(block.inputs.read(0, 9))
+    tensor = quantize(block.weight(name), *minmax(block.weight(name), Grid(8), torch.bfloat16), Grid(8))
+    block.quantize(name, tensor, grid)
+    rough = block.forward(block.inputs.read(0, 9))
+    block.close()
+    smooth = block.forward(block.inputs.read(0, 9))
+    assert (rough - before).norm() > 5 * (smooth - before).norm()
+
+
+def test_one_scale_for_all_tokens_covers_the_largest_input(block: Block) -> None:
+    site, grid = block.sites[0], Grid(8, rows=None)
+    largest = observed_directly(block, site.layers[0]).abs().max()
+    name = site.layers[0]
+    tensor = quantize(block.weight(name), *minmax(block.weight(name), Grid(8), torch.bfloat16), Grid(8))
+    block.quantize(name, tensor, grid)
+    assert float(block.input_scales[name]) == pytest.approx(float(largest) / 127.5, rel=2**-8)
 
 
 def watch(module: nn.Module, name: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from compress.checkpoint import CompressedTensors, Dense, Format
+from compress.core.floats import quantize_float
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import WEIGHT_BITS, Grid
+from compress.core.scheme import FLOAT_SCHEMES, WEIGHT_BITS, Grid, Scheme, parse_scheme
 from compress.errors import ModelError
 from compress.models.headers import TensorHeader
 from compress.models.store import DTYPES
@@ -102,7 +103,7 @@ class TestTensors:
         form = CompressedTensors(compression)
         written = form.encode("a.b", random_tensor(grid))
         found = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in written.items()}
-        assert form.layout("a.b", (37, 96), grid, "BF16") == found
+        assert form.layout("a.b", (37, 96), Scheme(grid), "BF16") == found
 
     @pytest.mark.parametrize("compression", COMPRESSIONS)
     def test_encode_writes_tensors_that_safetensors_takes(self, compression: Any) -> None:
@@ -159,44 +160,87 @@ class TestTensors:
             CompressedTensors().decode("layer", written, INT4)
 
 
+SCHEMES = [parse_scheme(name) for name in ("w8a8", "w8a8-static", "w4a8", "w4a4", "w3a8", "w4a8-fp8", *FLOAT_SCHEMES)]
+
+
+def stored_with_inputs(scheme: Scheme) -> tuple[QuantizedTensor, Tensor | None, dict[str, Tensor]]:
+    """A weight [256, 128], the scale of its inputs if it has one, and what is stored of both."""
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+    if scheme.weights.kind == "float":
+        tensor = quantize_float(weight, scheme.weights, torch.bfloat16)
+    else:
+        tensor = random_tensor(scheme.weights, (256, 128))
+    scale_dtype = torch.float32 if scheme.local else torch.bfloat16
+    scale = torch.tensor([0.5], dtype=scale_dtype) if scheme.static else None
+    return tensor, scale, CompressedTensors().encode("a.b", tensor, scheme.inputs, scale)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+class TestSchemes:
+    def test_weights_and_scales_of_inputs_are_read_back(self, scheme: Scheme) -> None:
+        tensor, scale, written = stored_with_inputs(scheme)
+        assert CompressedTensors().decode("a.b", written, scheme.weights) == tensor
+        assert CompressedTensors().input_scale("a.b", written, scheme) is scale
+
+    def test_layout_promises_what_encode_writes(self, scheme: Scheme) -> None:
+        _, _, written = stored_with_inputs(scheme)
+        found = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in written.items()}
+        assert CompressedTensors().layout("a.b", (256, 128), scheme, "BF16") == found
+
+    def test_a_scheme_survives_the_config(self, scheme: Scheme) -> None:
+        config = json.loads(json.dumps(CompressedTensors().quantization_config({"model.a": scheme}, [])))
+        assert CompressedTensors().schemes(config, PACKED)["model.a"] == scheme
+
+    def test_the_official_package_accepts_it(self, scheme: Scheme) -> None:
+        official = pytest.importorskip("compressed_tensors.quantization")
+        config = CompressedTensors().quantization_config({"a": scheme}, ["lm_head"])
+        group = official.QuantizationConfig.model_validate(config).config_groups["group_0"]
+        assert (group.input_activations is None) == (scheme.inputs is None)
+
+    def test_a_missing_scale_of_inputs_is_named(self, scheme: Scheme) -> None:
+        if scheme.static:
+            with pytest.raises(ModelError, match=r"a\.b\.input_.*scale: is missing"):
+                CompressedTensors().input_scale("a.b", {}, scheme)
+
+
 class TestConfig:
     def test_layers_on_one_grid_are_targeted_by_class(self) -> None:
-        config = CompressedTensors().quantization_config({"a": INT4, "b": INT4}, ["lm_head"])
+        config = CompressedTensors().quantization_config(dict.fromkeys("ab", Scheme(INT4)), ["lm_head"])
         (group,) = config["config_groups"].values()
         assert group["targets"] == ["Linear"]
         assert config["ignore"] == ["lm_head"]
 
     def test_layers_on_several_grids_are_targeted_by_name(self) -> None:
-        grids = {"a": INT4, "b": Grid(8), "c": INT4}
+        grids = {"a": Scheme(INT4), "b": Scheme(Grid(8)), "c": Scheme(INT4)}
         groups = CompressedTensors().quantization_config(grids, [])["config_groups"].values()
         assert [group["targets"] for group in groups] == [["a", "c"], ["b"]]
 
     @pytest.mark.parametrize("grid", GRIDS, ids=str)
     def test_a_grid_survives_the_config(self, grid: Grid) -> None:
-        config = json.loads(json.dumps(CompressedTensors().quantization_config({"model.a": grid}, [])))
-        assert CompressedTensors().grids(config, PACKED)["model.a"] == grid
+        config = json.loads(json.dumps(CompressedTensors().quantization_config({"model.a": Scheme(grid)}, [])))
+        assert CompressedTensors().schemes(config, PACKED)["model.a"] == Scheme(grid)
 
     def test_mixed_grids_survive_the_config(self) -> None:
-        grids = {"a": INT4, "b": Grid(8), "c": Grid(3, False, 16)}
+        grids = {"a": Scheme(INT4), "b": Scheme(Grid(8)), "c": Scheme(Grid(3, False, 16))}
         config = json.loads(json.dumps(CompressedTensors().quantization_config(grids, ["d"])))
         stored = headers(*((f"{name}.weight_packed", "I32") for name in grids), ("d.weight", "BF16"))
-        assert CompressedTensors().grids(config, stored) == grids
+        assert CompressedTensors().schemes(config, stored) == grids
 
     @pytest.mark.parametrize("compression", COMPRESSIONS)
     @pytest.mark.parametrize("grid", GRIDS, ids=str)
     def test_the_official_package_accepts_it(self, grid: Grid, compression: Any) -> None:
         official = pytest.importorskip("compressed_tensors.quantization")
-        config = CompressedTensors(compression).quantization_config({"a": grid}, ["lm_head"])
+        config = CompressedTensors(compression).quantization_config({"a": Scheme(grid)}, ["lm_head"])
         scheme = official.QuantizationConfig.model_validate(config).config_groups["group_0"]
         assert (scheme.weights.num_bits, scheme.weights.symmetric) == (grid.bits, grid.symmetric)
 
     def test_transformers_is_never_asked_to_dequantize_several_grids(self) -> None:
-        grids = {"a": Grid(4, False, 32), "b": Grid(8, False, 32)}
+        grids = {"a": Scheme(Grid(4, False, 32)), "b": Scheme(Grid(8, False, 32))}
         assert "dequantize" not in CompressedTensors().quantization_config(grids, [])
 
     def test_only_layers_that_are_stored_quantized_are(self) -> None:
         stored = PACKED | headers(("model.b.weight", "I8"), ("model.c.weight", "BF16"))
-        assert list(CompressedTensors().grids(config_of(W4), stored)) == ["model.a", "model.b"]
+        assert list(CompressedTensors().schemes(config_of(W4), stored)) == ["model.a", "model.b"]
 
     def test_a_name_comes_before_a_pattern_and_a_pattern_before_a_class(self) -> None:
         config = {
@@ -207,12 +251,12 @@ class TestConfig:
             }
         }
         stored = headers(*((f"x.{layer}.weight_packed", "I32") for layer in "abc"))
-        grids = CompressedTensors().grids(config, stored)
-        assert {name: grid.bits for name, grid in grids.items()} == {"x.a": 2, "x.b": 3, "x.c": 4}
+        found = CompressedTensors().schemes(config, stored)
+        assert {name: scheme.weights.bits for name, scheme in found.items()} == {"x.a": 2, "x.b": 3, "x.c": 4}
 
     def test_patterns_match_from_the_start_of_the_name(self) -> None:
         with pytest.raises(ModelError, match=r"model\.a: is stored quantized, but no config group targets it"):
-            CompressedTensors().grids(config_of(W4, ["re:a"]), PACKED)
+            CompressedTensors().schemes(config_of(W4, ["re:a"]), PACKED)
 
     @pytest.mark.parametrize(
         ("preset", "grid"),
@@ -220,7 +264,7 @@ class TestConfig:
     )
     def test_presets_are_understood(self, preset: str, grid: Grid) -> None:
         config = {"config_groups": {preset: ["Linear"]}}
-        assert CompressedTensors().grids(config, PACKED) == {"model.a": grid}
+        assert CompressedTensors().schemes(config, PACKED) == {"model.a": Scheme(grid)}
 
     @pytest.mark.parametrize(
         ("given", "grid"),
@@ -231,20 +275,25 @@ class TestConfig:
         ],
     )
     def test_what_is_left_out_is_inferred(self, given: dict[str, Any], grid: Grid) -> None:
-        assert CompressedTensors().grids(config_of(given), PACKED) == {"model.a": grid}
+        assert CompressedTensors().schemes(config_of(given), PACKED) == {"model.a": Scheme(grid)}
 
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            (config_of(W4 | {"type": "float"}, format="nvfp4-pack-quantized"), "type: 'float'.*nvfp4"),
+            (config_of(W4 | {"type": "fp4"}, format="nvfp4-pack-quantized"), "type: 'fp4'.*nvfp4"),
             (config_of(W4 | {"num_bits": 16}), "num_bits: 16"),
             (config_of(W4 | {"strategy": "block"}), "strategy: 'block'"),
             (config_of({"num_bits": 8}), "strategy: 'tensor'"),
             (config_of(W4 | {"group_size": None}), "group_size: got None"),
             (config_of(W4 | {"dynamic": True}), "dynamic: True"),
             (config_of(W4 | {"actorder": "group"}), "actorder: 'group'"),
-            (config_of(W4, input_activations={"num_bits": 8}), "input_activations: quantized activations"),
-            (config_of({}) | {"config_groups": {"FP8": ["Linear"]}}, "FP8: is no preset"),
+            (config_of(W4, input_activations={"num_bits": 6}), r"input_activations\.num_bits: 6"),
+            (
+                config_of(W4, input_activations={"num_bits": 8, "strategy": "token"}),
+                r"input_activations\.dynamic: False",
+            ),
+            (config_of(W4, output_activations={"num_bits": 8}), "output_activations: quantized outputs"),
+            (config_of({}) | {"config_groups": {"FP6": ["Linear"]}}, "FP6: is no preset"),
             ({"config_groups": {"group_0": {"targets": ["Linear"], "weights": None}}}, "weights: got None"),
             ({"config_groups": {"group_0": {"targets": "Linear", "weights": W4}}}, "targets are 'Linear'"),
             ({}, "config_groups: got None"),
@@ -254,20 +303,20 @@ class TestConfig:
     )
     def test_what_cannot_be_read_is_named(self, config: dict[str, Any], message: str) -> None:
         with pytest.raises(ModelError, match=message):
-            CompressedTensors().grids(config, PACKED)
+            CompressedTensors().schemes(config, PACKED)
 
     def test_reordered_columns_are_refused(self) -> None:
         stored = PACKED | headers(("model.a.weight_g_idx", "I32"))
         with pytest.raises(ModelError, match=r"model\.a\.weight_g_idx"):
-            CompressedTensors().grids(config_of(W4), stored)
+            CompressedTensors().schemes(config_of(W4), stored)
 
     def test_a_layer_that_is_no_linear_is_a_problem_with_a_fix(self) -> None:
-        (problem,) = CompressedTensors().problems("h.0.attn.c_attn", "Conv1D", (192, 64), INT4)
+        (problem,) = CompressedTensors().problems("h.0.attn.c_attn", "Conv1D", (192, 64), Scheme(INT4))
         assert "h.0.attn.c_attn is a Conv1D" in problem
         assert "format: dense" in problem
 
     def test_a_linear_layer_is_no_problem(self) -> None:
-        assert CompressedTensors().problems("a", "Linear", (64, 64), INT4) == []
+        assert CompressedTensors().problems("a", "Linear", (64, 64), Scheme(INT4)) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -279,7 +328,7 @@ def test_the_official_package_decompresses_to_our_weights(grid: Grid, compressio
     from compressed_tensors.quantization import QuantizationConfig
 
     form, tensor = CompressedTensors(compression), random_tensor(grid, dtype=dtype)
-    config = QuantizationConfig.model_validate(form.quantization_config({"a": grid}, []))
+    config = QuantizationConfig.model_validate(form.quantization_config({"a": Scheme(grid)}, []))
     stored = {name.removeprefix("a."): value for name, value in form.encode("a", tensor).items()}
     official = BaseCompressor.get_value_from_registry(compression)
     weight = official.decompress(stored, config.config_groups["group_0"])["weight"]
@@ -306,7 +355,9 @@ class TestTransformers:
         for name, grid in assigned.items():
             tensors |= form.encode(name, quantize(tensors.pop(f"{name}.weight"), grid, stored))
         settings = self.SETTINGS.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(stored)[6:]}
-        if quantization := form.quantization_config(assigned, ["lm_head"]):
+        if quantization := form.quantization_config(
+            {name: Scheme(grid) for name, grid in assigned.items()}, ["lm_head"]
+        ):
             settings["quantization_config"] = quantization
         folder.mkdir()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

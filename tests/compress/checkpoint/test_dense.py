@@ -7,7 +7,7 @@ import torch
 
 from compress.checkpoint import FORMATS, CompressedTensors, Dense, format_for, format_of
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import Grid
+from compress.core.scheme import Grid, Scheme
 from compress.errors import ModelError
 
 GRID = Grid(4, symmetric=False, group_size=32)
@@ -36,15 +36,20 @@ def test_the_weight_is_the_dequantized_one_in_the_dtype_of_the_scale(dtype: torc
 
 def test_layout_promises_what_encode_writes() -> None:
     written = Dense().encode("layer", tensor(torch.bfloat16))["layer.weight"]
-    assert Dense().layout("layer", (5, 64), GRID, "BF16") == {"layer.weight": ("BF16", tuple(written.shape))}
+    assert Dense().layout("layer", (5, 64), Scheme(GRID), "BF16") == {"layer.weight": ("BF16", tuple(written.shape))}
 
 
 def test_a_dense_folder_has_no_quantization_config() -> None:
-    assert Dense().quantization_config({"layer": GRID}, []) is None
+    assert Dense().quantization_config({"layer": Scheme(GRID)}, []) is None
 
 
 def test_any_kind_of_layer_is_welcome() -> None:
-    assert Dense().problems("layer", "Conv1D", (5, 64), GRID) == []
+    assert Dense().problems("layer", "Conv1D", (5, 64), Scheme(GRID)) == []
+
+
+def test_rounded_inputs_are_not() -> None:
+    (problem,) = Dense().problems("layer", "Linear", (5, 64), Scheme(GRID, Grid(8)))
+    assert "cannot say that w4a8 rounds inputs" in problem
 
 
 def test_codes_cannot_be_read_back() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from compress.calibrate.block import Block
 from compress.calibrate.walk import enter, walk
-from compress.core.scheme import Grid
+from compress.core.scheme import Grid, Scheme
 from compress.models.store import LazyModel
 from compress.quantize import METHODS
 
@@ -20,13 +20,13 @@ GRIDS = [Grid(4, True, 32), Grid(3, False, 16), Grid(8, True, None), Grid(2, Fal
 def quantized(method: type, grid: Grid, tiny: Path, scratch: Path) -> tuple[Block, list[Any]]:
     """The first block of the tiny model after one stage, and the stage's reports."""
     model = LazyModel.open(tiny)
-    stage = method(scheme=grid.scheme, symmetric=grid.symmetric, group_size=grid.group_size)
+    stage = method(scheme=f"w{grid.bits}a16", symmetric=grid.symmetric, group_size=grid.group_size)
     tokens = torch.randint(2, 250, (16, 32), generator=torch.Generator().manual_seed(0))
     entrance = enter(model, tokens, scratch / "activations-0")
     reports: list[Any] = []
 
     def work(block: Block) -> None:
-        reports.extend(stage.apply(block, {name: grid for site in block.sites for name in site.layers}))
+        reports.extend(stage.apply(block, {name: Scheme(grid) for site in block.sites for name in site.layers}))
 
     block, _ = next(walk(model, entrance, entrance.inputs, scratch, work))
     return block, reports

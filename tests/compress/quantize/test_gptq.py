@@ -11,9 +11,10 @@ from compress.calibrate.observers import Moments
 from compress.core import ranges
 from compress.core.metrics import quadratic_error
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import WEIGHT_BITS, Grid
+from compress.core.scheme import WEIGHT_BITS, Grid, Scheme
 from compress.errors import NumericalError
 from compress.quantize import gptq as module
+from compress.quantize.asymmetric import Target
 from compress.quantize.gptq import GPTQ, GPTQResult, gptq
 from compress.quantize.rtn import rtn
 
@@ -201,6 +202,7 @@ def test_inputs_are_left_as_they_were() -> None:
     H[:, ::8] = 0
     before = w.clone(), H.clone()
     solve(w, H, Grid(4))
+    solve(w, H, Grid(4), cross=0.9 * H, target="gptaq")
     assert torch.equal(w, before[0])
     assert torch.equal(H, before[1])
 
@@ -221,12 +223,14 @@ class Bench:
         self.observed: list[object] = []
         self.done: dict[str, QuantizedTensor] = {}
         self.weight: Callable[[str], Tensor] = self.weights.__getitem__
-        self.quantize: Callable[[str, QuantizedTensor], None] = self.done.__setitem__
 
     def scale_dtype(self, name: str) -> torch.dtype:
         return torch.bfloat16
 
-    def moments(self, site: object) -> object:
+    def quantize(self, name: str, tensor: QuantizedTensor, inputs: Grid | None) -> None:
+        self.done[name] = tensor
+
+    def moments(self, site: object, inputs: Grid | None, *, cross: bool = False) -> object:
         self.observed.append(site)
         return Moments(correlated(), num_tokens=100)
 
@@ -234,7 +238,7 @@ class Bench:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_stage_gives_each_layer_its_own_rows(symmetric: bool) -> None:
     bench, grid = Bench(), Grid(4, symmetric, 16)
-    reports = GPTQ("w4a16", 16, symmetric).apply(bench, dict.fromkeys("qko", grid))
+    reports = GPTQ("w4a16", 16, symmetric).apply(bench, dict.fromkeys("qko", Scheme(grid)))
     assert [report.name for report in reports] == ["q", "k", "o"]
     for report in reports:
         w, tensor = bench.weights[report.name], bench.done[report.name]
@@ -246,14 +250,14 @@ def test_the_stage_gives_each_layer_its_own_rows(symmetric: bool) -> None:
 
 def test_the_stage_observes_only_sites_it_owns_layers_of() -> None:
     bench = Bench()
-    GPTQ("w4a16").apply(bench, {"o": Grid(4)})
+    GPTQ("w4a16").apply(bench, {"o": Scheme(Grid(4))})
     assert bench.observed == [bench.sites[1]]
     assert list(bench.done) == ["o"]
 
 
 def test_layers_of_one_site_may_have_different_grids() -> None:
     bench = Bench()
-    GPTQ("w4a16").apply(bench, {"q": Grid(4), "k": Grid(8, False, 16)})
+    GPTQ("w4a16").apply(bench, {"q": Scheme(Grid(4)), "k": Scheme(Grid(8, False, 16))})
     assert {name: tensor.grid for name, tensor in bench.done.items()} == {"q": Grid(4), "k": Grid(8, False, 16)}
 
 
@@ -261,15 +265,15 @@ def test_a_numerical_failure_names_the_layers() -> None:
     bench = Bench()
     bench.weights["k"][0, 0] = float("nan")
     with pytest.raises(NumericalError, match="^q, k: "):
-        GPTQ("w4a16").apply(bench, {"q": Grid(4), "k": Grid(4)})
+        GPTQ("w4a16").apply(bench, dict.fromkeys("qk", Scheme(Grid(4))))
 
 
 def test_the_report_says_when_more_damping_was_needed() -> None:
     bench = Bench()
     H = torch.eye(64, dtype=torch.float64)
     H[0, 1] = H[1, 0] = 1.05
-    bench.moments = lambda site: Moments(H, num_tokens=100)
-    (report,) = GPTQ("w4a16").apply(bench, {"o": Grid(4)})
+    bench.moments = lambda site, inputs, cross: Moments(H, num_tokens=100)
+    (report,) = GPTQ("w4a16").apply(bench, {"o": Scheme(Grid(4))})
     assert report.fallback.startswith("damping 0.1, not 0.01")
 
 
@@ -284,6 +288,9 @@ def test_the_report_says_when_more_damping_was_needed() -> None:
         ({"damping": 2.0}, "damping=2.0 must be above 0 and at most 1"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"sweeps": -1}, "sweeps=-1 must be at least 0"),
+        ({"asymmetric": "qronos"}, "asymmetric='qronos' must be true, false, closed, gptaq"),
+        ({"share": 0.0}, "share=0.0 must be above 0 and at most 1"),
+        ({"share": 1.5}, "share=1.5 must be above 0 and at most 1"),
     ],
 )
 def test_a_bad_value_is_refused_in_a_sentence(fields: dict[str, object], message: str) -> None:
@@ -298,6 +305,32 @@ def test_act_order_may_be_yes_or_no(given: bool | str, meant: str) -> None:
 
 def test_the_report_says_how_many_tokens_were_left_out() -> None:
     bench = Bench()
-    bench.moments = lambda site: Moments(correlated(), num_tokens=90, num_dropped=10)
-    (report,) = GPTQ("w4a16").apply(bench, {"o": Grid(4)})
+    bench.moments = lambda site, inputs, cross: Moments(correlated(), num_tokens=90, num_dropped=10)
+    (report,) = GPTQ("w4a16").apply(bench, {"o": Scheme(Grid(4))})
     assert report.fallback == "10 of 100 calibration tokens were not finite and left out"
+
+
+@pytest.mark.parametrize(("given", "streams"), [(False, False), (True, True), ("closed", True), ("gptaq", True)])
+def test_only_the_asymmetric_stage_needs_the_original_stream(given: bool | Target, streams: bool) -> None:
+    assert GPTQ("w4a16", asymmetric=given).two_streams is streams
+
+
+@pytest.mark.parametrize(("given", "target"), [(True, "closed"), ("closed", "closed"), ("gptaq", "gptaq")])
+def test_the_asymmetric_stage_aims_at_the_original_output(given: bool | Target, target: Target) -> None:
+    bench, H = Bench(), correlated()
+    G = (0.8 * H).roll(1, dims=0)
+    bench.moments = lambda site, inputs, cross: Moments(H, num_tokens=100, cross=G if cross else None)
+    GPTQ("w3a16", None, sweeps=0, asymmetric=given, share=0.2).apply(bench, {"o": Scheme(Grid(3))})
+    settings = {"scale_dtype": torch.bfloat16, "sweeps": 0, "cross": G, "target": target, "share": 0.2}
+    assert bench.done["o"] == solve(weight(4), H, Grid(3), **settings).tensor
+
+
+def test_the_report_says_which_layer_was_held_back_and_how_much() -> None:
+    bench, H = Bench(), torch.eye(64, dtype=torch.float64)
+    G = H.clone()
+    G[0, 0] = 2
+    bench.weights["k"][:, 1:] *= 1e-3
+    bench.moments = lambda site, inputs, cross: Moments(H, num_tokens=100, cross=G)
+    q, k = GPTQ("w4a16", asymmetric=True).apply(bench, dict.fromkeys("qk", Scheme(Grid(4))))
+    assert k.fallback == "8 channels held to 0.3 of their norm, not 0.50"
+    assert q.fallback is None

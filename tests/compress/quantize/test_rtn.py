@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from compress.core.metrics import quadratic_error, sqnr
-from compress.core.scheme import WEIGHT_BITS, Grid
+from compress.core.qtensor import QuantizedTensor
+from compress.core.scheme import WEIGHT_BITS, Grid, Scheme
 from compress.errors import NumericalError
 from compress.quantize.rtn import RTN, rtn
 
@@ -58,7 +59,9 @@ def test_the_stage_quantizes_its_layers_and_names_the_one_that_cannot_be(poisone
 
         sites = (type("Site", (), {"layers": ("q", "k")}),)
         done: ClassVar[dict[str, object]] = {}
-        quantize = done.__setitem__
+
+        def quantize(self, name: str, tensor: QuantizedTensor, inputs: Grid | None) -> None:
+            self.done[name] = tensor
 
         def weight(self, name: str) -> torch.Tensor:
             return weight() / (0 if poisoned else 1)
@@ -69,9 +72,9 @@ def test_the_stage_quantizes_its_layers_and_names_the_one_that_cannot_be(poisone
     bench, stage = Bench(), RTN("w4a16", 32)
     if poisoned:
         with pytest.raises(NumericalError, match="^k: "):
-            stage.apply(bench, {"k": stage.grid})
+            stage.apply(bench, {"k": stage.resolved})
     else:
-        (report,) = stage.apply(bench, {"k": stage.grid})
+        (report,) = stage.apply(bench, {"k": stage.resolved})
         assert list(bench.done) == ["k"]
         assert report.error == pytest.approx(10 ** (-sqnr(weight(), bench.done["k"].dequantize()) / 10), rel=1e-3)
 
@@ -84,7 +87,7 @@ def test_only_the_importance_rule_needs_calibration() -> None:
 
 
 def test_the_grid_says_what_the_recipe_says() -> None:
-    assert RTN(scheme="w3a16", group_size=64, symmetric=False).grid == Grid(3, False, 64)
+    assert RTN(scheme="w3a16", group_size=64, symmetric=False).resolved == Scheme(Grid(3, False, 64))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from transformers import (
 from compress.checkpoint.compressed_tensors import CompressedTensors
 from compress.checkpoint.weights import QuantizedWeights
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import Grid
+from compress.core.scheme import Grid, Scheme
 from compress.errors import ModelError
 from compress.runtime.load import load
 from compress.runtime.modules import QuantLinear, SharedLinear
@@ -104,7 +104,9 @@ def compressed(
             module.weight.data = weight.dequantize(module.weight.dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = codec.quantization_config(grids, list(kept))
+    config["quantization_config"] = codec.quantization_config(
+        {name: Scheme(each) for name, each in grids.items()}, list(kept)
+    )
     (folder / "config.json").write_text(json.dumps(config))
     return model
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from compress.calibrate.observers import Moments, MomentsObserver
 from compress.core import affine, ranges
 from compress.core.metrics import quadratic_error
-from compress.core.scheme import Grid
+from compress.core.scheme import Grid, Scheme
 from compress.transform.awq import AWQ, search_clip, search_scale
 
 GRIDS = [Grid(bits, symmetric, size) for bits in (2, 3, 4, 8) for symmetric in (True, False) for size in (None, 16)]
@@ -132,7 +132,7 @@ class Bench:
 
 def test_the_stage_preserves_the_function_of_all_layers_of_the_site() -> None:
     bench = Bench()
-    AWQ().apply(bench, {"q": Grid(4)})
+    AWQ().apply(bench, {"q": Scheme(Grid(4))})
     assert (bench.divisor != 1).any()
     for name, rows in (("q", 24), ("router", 8)):
         assert torch.allclose(bench.weights[name] / bench.divisor, weight(rows), rtol=1e-5)
@@ -140,7 +140,7 @@ def test_the_stage_preserves_the_function_of_all_layers_of_the_site() -> None:
 
 def test_the_stage_reports_the_error_that_rounding_would_make() -> None:
     bench, seen = Bench(), hessian()
-    (report,) = AWQ().apply(bench, {"q": Grid(4)})
+    (report,) = AWQ().apply(bench, {"q": Scheme(Grid(4))})
     energy = quadratic_error(weight(), torch.zeros(24, 64), seen)
     expected = error([weight()], bench.divisor, [Grid(4)], seen) / energy
     assert report.name == "q"

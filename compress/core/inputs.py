@@ -1,0 +1,54 @@
+"""Rounding a layer's inputs while the model runs: what a runtime with integer or FP8 matrix products computes.
+
+    scale = max|x| / half the width of the grid, over a token, a group of it, or (fixed beforehand) all tokens
+    x̂     = nearest level to x / scale, times scale
+
+FP4's scales are E4M3 or powers of two, as for weights (`compress.core.floats`).
+
+Half the width of int8 is 127.5: the largest magnitude meets the end of the grid on the negative side and is half a step
+beyond it on the positive. compressed-tensors has this rule; engines that divide by 127 have steps 0.4 % wider, which no
+score shows. A scale fixed by calibration clips what comes later and is larger.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from compress.core.minifloat import E2M1_MAX, overall_scale, power_of_two, round_e2m1, round_e4m3, stored_e4m3
+from compress.core.scheme import Grid
+
+LEAST = torch.finfo(torch.float32).tiny
+
+
+def round_inputs(
+    x: Float[Tensor, "*tokens in"], grid: Grid, scale: Float[Tensor, ""] | None = None
+) -> Float[Tensor, "*tokens in"]:
+    """`x` as the grid holds it, in its own type; computed in float32. `scale`: of a grid that has one overall."""
+    groups = x.float().unflatten(-1, (grid.num_groups(x.shape[-1]), -1))
+    if grid.overall and scale is None:
+        raise ValueError(f"{grid} needs a scale that calibration has fixed")
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    if grid.scale == "e4m3":
+        assert scale is not None, "it is overall"
+        step = stored_e4m3(scale.float() * (largest / E2M1_MAX)).float() / scale.float()
+    elif grid.scale == "e8m0":
+        step = power_of_two(largest)
+    else:
+        step = input_scale(largest, grid) if scale is None else scale.float()
+    return nearest_level(groups / step, grid).mul_(step).flatten(-2).to(x.dtype)
+
+
+def input_scale(largest: Float[Tensor, "*any"], grid: Grid) -> Float[Tensor, "*any"]:
+    """The scale for inputs of at most this magnitude, never 0; with E4M3 scales, what those are divided by."""
+    if grid.scale == "e4m3":
+        return overall_scale(largest)
+    return (largest.float() / ((grid.qmax - grid.qmin) / 2)).clamp_(min=LEAST)
+
+
+def nearest_level(levels: Float[Tensor, "*any"], grid: Grid) -> Float[Tensor, "*any"]:
+    """Each number rounded to a level of the grid, half to even, clipped at its ends; float32, and may be in place."""
+    if grid.kind == "int":
+        return levels.round_().clamp_(grid.qmin, grid.qmax)
+    return round_e4m3(levels) if grid.bits == 8 else round_e2m1(levels)
