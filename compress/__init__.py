@@ -29,6 +29,7 @@ _HOME = {
     "RecipeError": "compress.errors",
     "RequestError": "compress.errors",
     "RunError": "compress.errors",
+    "SmoothQuant": "compress.transform.smoothquant",
     "generate": "compress.runtime.generate",
     "load": "compress.runtime.load",
     "prepare": "compress.pipeline",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from compress.runtime.generate import generate as generate
     from compress.runtime.load import load as load
     from compress.transform.awq import AWQ as AWQ
+    from compress.transform.smoothquant import SmoothQuant as SmoothQuant
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 """netsuke's methods beside each other: one model, one text, the same windows, every row scored from its folder.
 
     scripts/compare_methods.py --model DIR --calibration FILE --test FILE
+    scripts/compare_methods.py --model DIR --calibration FILE --test FILE --rows schemes
 
 Rows differ in one thing at a time, so the table says what each step is worth. It replaces what the results file has
 between the two marks of this model; rows that did not help stay in.
@@ -22,11 +23,11 @@ from compress.recipe import Calibration, Evaluation, Recipe
 
 RESULTS = Path(__file__).resolve().parents[1] / "recipes" / "RESULTS.md"
 
-RTN, GPTQ, AWQ = compress.RTN, compress.GPTQ, compress.AWQ
+RTN, GPTQ, AWQ, SmoothQuant = compress.RTN, compress.GPTQ, compress.AWQ, compress.SmoothQuant
 
 
-def rows(group_size: int | None) -> dict[str, list[Any]]:
-    """Name → stages. 4 bits where methods are close, 3 bits where they part; asymmetric, as 3 bits want it."""
+def methods(group_size: int | None) -> dict[str, list[Any]]:
+    """Name → stages, all of one kind of grid. 4 bits where methods are close, 3 bits where they part; asymmetric, as 3 bits want it."""
     four: dict[str, Any] = {"scheme": "w4a16", "group_size": group_size, "symmetric": False}
     three = four | {"scheme": "w3a16"}
     plain = {"range": "minmax", "act_order": True, "sweeps": 0}
@@ -46,8 +47,36 @@ def rows(group_size: int | None) -> dict[str, list[Any]]:
         "3 bits, GPTQ, importance, group-aware order": [
             GPTQ(**three, **plain | {"range": "importance", "act_order": "group"})
         ],
-        "3 bits, GPTQ as shipped (importance, two sweeps)": [GPTQ(**three)],
+        "3 bits, GPTQ, importance, two sweeps": [GPTQ(**three)],
+        "3 bits, the same, by GPTAQ": [GPTQ(**three, asymmetric="gptaq")],
+        "3 bits, the same, made up for earlier layers": [GPTQ(**three, asymmetric=True)],
     }
+
+
+def schemes(group_size: int | None) -> dict[str, list[Any]]:
+    """Name → stages, of every scheme that rounds inputs or has float weights."""
+    four: dict[str, Any] = {"scheme": "w4a8", "group_size": group_size}
+    both: dict[str, Any] = {"scheme": "w4a4", "group_size": group_size}
+    return {
+        "w8a8, RTN": [RTN("w8a8")],
+        "w8a8, GPTQ": [GPTQ("w8a8")],
+        "w8a8, SmoothQuant, GPTQ": [SmoothQuant(), GPTQ("w8a8")],
+        "w8a8-static, SmoothQuant, GPTQ": [SmoothQuant(), GPTQ("w8a8-static")],
+        "fp8, RTN": [RTN("fp8")],
+        "fp8-static, RTN": [RTN("fp8-static")],
+        "w4a8, RTN": [RTN(**four)],
+        "w4a8, SmoothQuant, GPTQ made up for earlier layers": [SmoothQuant(), GPTQ(**four, asymmetric=True)],
+        "w4a4, RTN": [RTN(**both)],
+        "w4a4, SmoothQuant, GPTQ made up for earlier layers": [SmoothQuant(), GPTQ(**both, asymmetric=True)],
+        "nvfp4a16, RTN, scales by the maximum": [RTN("nvfp4a16", range="minmax")],
+        "nvfp4a16, RTN, scales by importance": [RTN("nvfp4a16", range="importance")],
+        "mxfp4a16, RTN, scales by the maximum": [RTN("mxfp4a16", range="minmax")],
+        "mxfp4a16, RTN, scales by importance": [RTN("mxfp4a16", range="importance")],
+        "nvfp4, RTN, scales by importance": [RTN("nvfp4", range="importance")],
+    }
+
+
+ROWS = {"methods": methods, "schemes": schemes}
 
 
 def main() -> int:
@@ -56,7 +85,7 @@ def main() -> int:
     base = Recipe("rows", (), calibration, Evaluation((str(options.test),), options.windows))
     group_size = options.group_size or None
     lines = ["| row | bits per weight | perplexity | KL divergence | same top token |", "|---|--:|--:|--:|--:|"]
-    for name, stages in rows(group_size).items():
+    for name, stages in ROWS[options.rows](group_size).items():
         with tempfile.TemporaryDirectory() as work:
             recipe = replace(base, stages=tuple(stages))
             report = compress.run(recipe, model=str(options.model), output=Path(work) / "out")
@@ -73,17 +102,17 @@ def main() -> int:
         f"{text['baseline_perplexity']:.2f}. {text['tokens']:,} tokens of {options.test.name} scored, ± is the "
         f"standard error over windows. `{shlex.join(['scripts/compare_methods.py', *sys.argv[1:]])}`"
     )
-    write(options.model.name, "\n".join([context, "", *lines]))
+    write(options.rows, options.model.name, "\n".join([context, "", *lines]))
     print("\n".join(lines))
     return 0
 
 
-def write(model: str, table: str) -> None:
-    """Put the table between this model's marks, at the end of the file where there are none yet."""
-    begin, end = f"<!-- compare_methods {model} -->", f"<!-- /compare_methods {model} -->"
+def write(rows: str, model: str, table: str) -> None:
+    """Put the table between its marks, at the end of the file where there are none yet."""
+    begin, end = f"<!-- compare_methods {rows} {model} -->", f"<!-- /compare_methods {rows} {model} -->"
     text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"
     if begin not in text:
-        text += f"\n## Methods on {model}\n\n{begin}\n{end}\n"
+        text += f"\n## {rows.capitalize()} on {model}\n\n{begin}\n{end}\n"
     before, rest = text.split(begin)
     after = rest.split(end)[1]
     RESULTS.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
@@ -96,6 +125,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--windows", type=int, default=64, help="windows of the test text that are scored")
+    parser.add_argument("--rows", choices=ROWS, default="methods", help="which table")
     parser.add_argument("--group-size", type=int, default=0, help="columns that share a scale; 0: one per channel")
     return parser.parse_args()
 
