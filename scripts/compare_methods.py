@@ -27,7 +27,7 @@ RTN, GPTQ, AWQ, SmoothQuant = compress.RTN, compress.GPTQ, compress.AWQ, compres
 
 
 def methods(group_size: int | None) -> dict[str, list[Any]]:
-    """Name → stages, all of one kind of grid. 4 bits where methods are close, 3 bits where they part; asymmetric, as 3 bits want it."""
+    """Name → stages. 4 bits where methods are close, 3 bits where they part; asymmetric grids, as 3 bits want them."""
     four: dict[str, Any] = {"scheme": "w4a16", "group_size": group_size, "symmetric": False}
     three = four | {"scheme": "w3a16"}
     plain = {"range": "minmax", "act_order": True, "sweeps": 0}
@@ -72,6 +72,8 @@ def schemes(group_size: int | None) -> dict[str, list[Any]]:
         "nvfp4a16, RTN, scales by importance": [RTN("nvfp4a16", range="importance")],
         "mxfp4a16, RTN, scales by the maximum": [RTN("mxfp4a16", range="minmax")],
         "mxfp4a16, RTN, scales by importance": [RTN("mxfp4a16", range="importance")],
+        "nvfp4a16, GPTQ made up for earlier layers": [GPTQ("nvfp4a16", asymmetric=True)],
+        "mxfp4a16, GPTQ made up for earlier layers": [GPTQ("mxfp4a16", asymmetric=True)],
         "nvfp4, RTN, scales by importance": [RTN("nvfp4", range="importance")],
     }
 

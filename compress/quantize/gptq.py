@@ -19,6 +19,8 @@ Where we go beyond the paper, each step measured on trained weights:
 - Given how the inputs differ from the original model's, the errors of earlier layers are made up for as well
   (`compress.quantize.asymmetric`): W is then replaced by a target from the start.
 
+Float grids (FP8, NVFP4, MXFP4) go through the same loop, with scales chosen beforehand and not revisited.
+
 Inputs that never fired have an undefined column in H; they are made independent of all others, so their weights are
 rounded to nearest. Should H defy Cholesky under all damping, so are all weights, and the result says so.
 """
@@ -26,15 +28,16 @@ rounded to nearest. Should H defy Cholesky under all damping, so are all weights
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from compress.core import ranges
+from compress.core.inputs import nearest_level
 from compress.core.linalg import NotPositiveDefinite, dead_columns, inverse_cholesky, pivot_order
 from compress.core.metrics import relative_error
 from compress.core.qtensor import QuantizedTensor
@@ -119,6 +122,11 @@ def gptq(
     upper = upper.div_(upper.diagonal().unsqueeze(1).clone()).float()
     size = max(1, SLICE // weight.shape[1])
     static = act_order == "static"
+    if grid.kind == "float":
+        nearest = rtn(goal, grid, scale_dtype=scale_dtype, range=range, importance=importance)
+        steps = zip(start.split(size), nearest.step.split(size), strict=True)
+        codes = [_solve_float(rows, upper, pull, order, grid, step, block_size) for rows, step in steps]
+        return GPTQResult(replace(nearest, codes=torch.cat(codes)), used, None, num_dead, moved)
     parts = [
         _solve(rows, upper, pull, order, grid, scale_dtype, range, importance, static, block_size)
         for rows in start.split(size)
@@ -155,7 +163,7 @@ def _solve(
     static: bool,
     block_size: int,
 ) -> QuantizedTensor:
-    """The column loop. `upper`: U with its rows divided by U_jj, so that errors need no division. `pull`: of GPTAQ.
+    """The weight on an integer grid.
 
     Not `static`: a group's range is chosen anew from its updated weights when its turn comes.
     """
@@ -166,20 +174,70 @@ def _solve(
     Z = torch.zeros_like(S) if zero is None else zero.float().T.contiguous()
     alone = Grid(grid.bits, grid.symmetric)
     group_of = (order // size).tolist()
-    block = block_size if static else math.gcd(block_size, size)
-    # Transposed, so that a column of the weight is contiguous; levels are codes with their zero point subtracted. A
-    # column of W stays as it was when it was rounded.
-    W = weight.T[order]
-    levels = torch.empty_like(W)
-    errors = torch.empty(min(block, columns), rows, device=weight.device)
-    for a in range(0, columns, block):
-        b = min(a + block, columns)
+    limits: list[tuple[Tensor, Tensor]] = []
+
+    def begin(W: Tensor, a: int) -> None:
         if not static and a % size == 0:
             fresh, offset = ranges.choose(W[a : a + size].T, alone, dtype, rule, importance[order[a : a + size]])
             S[group_of[a]] = fresh.squeeze(1)
             if offset is not None:
                 Z[group_of[a]] = offset.squeeze(1)
-        lo, hi = (grid.qmin - Z).unbind(), (grid.qmax - Z).unbind()
+        if a == 0 or not static:
+            limits[:] = zip((grid.qmin - Z).unbind(), (grid.qmax - Z).unbind(), strict=True)
+
+    def place(w: Tensor, g: int, level: Tensor) -> None:
+        torch.div(w, S[g], out=level).round_().clamp_(*limits[g])
+
+    block = block_size if static else math.gcd(block_size, size)
+    levels = _round_columns(weight.T[order], upper, pull, group_of, S, block, place, begin)
+    codes = levels[order.argsort()].view(-1, size, rows).add_(Z.unsqueeze(1)).view(columns, rows)
+    zero_point = None if zero is None else Z.T.to(torch.int8).contiguous()
+    return QuantizedTensor(codes.T.to(torch.int8).contiguous(), S.T.to(dtype).contiguous(), zero_point, grid)
+
+
+def _solve_float(
+    weight: Float[Tensor, "out in"],
+    upper: Float[Tensor, "in in"],
+    pull: Float[Tensor, "in in"] | None,
+    order: Int[Tensor, "in"],
+    grid: Grid,
+    step: Float[Tensor, "out groups"],
+    block_size: int,
+) -> Shaped[Tensor, "out in"]:
+    """The codes on a float grid, whose scales stay as they are."""
+    S = step.T.contiguous()
+    group_of = (order // (len(order) // len(S))).tolist()
+
+    def place(w: Tensor, g: int, level: Tensor) -> None:
+        level.copy_(nearest_level(w / S[g], grid))
+
+    levels = _round_columns(weight.T[order], upper, pull, group_of, S, block_size, place)
+    return levels[order.argsort()].T.to(torch.float8_e4m3fn).contiguous()
+
+
+def _round_columns(
+    W: Float[Tensor, "in out"],
+    upper: Float[Tensor, "in in"],
+    pull: Float[Tensor, "in in"] | None,
+    group_of: Sequence[int],
+    S: Float[Tensor, "groups out"],
+    block: int,
+    place: Callable[[Tensor, int, Tensor], None],
+    begin: Callable[[Tensor, int], None] = lambda W, a: None,
+) -> Float[Tensor, "in out"]:
+    """The column loop: the level of every weight, which are codes with their zero point subtracted.
+
+    `W` is the weight transposed, so that a column is contiguous, its columns in the order they are rounded in; it is
+    written to, and a column stays as it was when it was rounded. `upper`: U with its rows divided by U_jj, so that
+    errors need no division. `pull`: of GPTAQ. `place(w, g, level)` rounds a column of group g; `begin(W, a)` is called
+    before the block of columns from `a` on.
+    """
+    columns, rows = W.shape
+    levels = torch.empty_like(W)
+    errors = torch.empty(min(block, columns), rows, device=W.device)
+    for a in range(0, columns, block):
+        b = min(a + block, columns)
+        begin(W, a)
         feedback = upper[a:b, a:].T.contiguous()
         drawn = None if pull is None else pull[a:b, a:].T.contiguous()
         for k, (w, level, g) in enumerate(zip(W[a:b], levels[a:b], group_of[a:b], strict=True)):
@@ -187,14 +245,12 @@ def _solve(
                 w.addmv_(errors[:k].T, feedback[k, :k], alpha=-1)
                 if drawn is not None:
                     w.addmv_(W[a : a + k].T, drawn[k, :k])
-            torch.div(w, S[g], out=level).round_().clamp_(lo[g], hi[g])
+            place(w, g, level)
             torch.addcmul(w, level, S[g], value=-1, out=errors[k])
         W[b:].addmm_(feedback[b - a :], errors[: b - a], alpha=-1)
         if drawn is not None:
             W[b:].addmm_(drawn[b - a :], W[a:b])
-    codes = levels[order.argsort()].view(-1, size, rows).add_(Z.unsqueeze(1)).view(columns, rows)
-    zero_point = None if zero is None else Z.T.to(torch.int8).contiguous()
-    return QuantizedTensor(codes.T.to(torch.int8).contiguous(), S.T.to(dtype).contiguous(), zero_point, grid)
+    return levels
 
 
 def _stack(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -240,8 +296,7 @@ class GPTQ:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if parse_scheme(self.scheme, self.group_size, self.symmetric).weights.kind == "float":
-            raise ValueError(f"scheme={self.scheme} has float weights, and gptq rounds to integers; use rtn")
+        parse_scheme(self.scheme, self.group_size, self.symmetric)
         check_range(self.range)
         if not isinstance(self.act_order, bool) and self.act_order not in get_args(ActOrder):
             raise ValueError(f"act_order={self.act_order!r} must be true, false, {', '.join(get_args(ActOrder))}")

@@ -11,7 +11,7 @@ from compress.calibrate.observers import Moments
 from compress.core import ranges
 from compress.core.metrics import quadratic_error
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import WEIGHT_BITS, Grid, Scheme
+from compress.core.scheme import FP8, FP8_TENSOR, MXFP4, NVFP4, WEIGHT_BITS, Grid, Scheme
 from compress.errors import NumericalError
 from compress.quantize import gptq as module
 from compress.quantize.asymmetric import Target
@@ -210,6 +210,15 @@ def test_inputs_are_left_as_they_were() -> None:
 def test_scales_come_in_the_dtype_they_are_stored_in() -> None:
     tensor = solve(weight(), correlated(), Grid(4, group_size=8), scale_dtype=torch.bfloat16).tensor
     assert tensor.scale.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("grid", [FP8, FP8_TENSOR, NVFP4, MXFP4], ids=lambda grid: grid.format)
+def test_float_grids_lose_less_output_than_by_rounding_to_nearest(grid: Grid) -> None:
+    w, H = weight(48), correlated()
+    nearest = rtn(w, grid, scale_dtype=torch.bfloat16, range="importance", importance=H.diagonal())
+    tensor = solve(w, H, grid, scale_dtype=torch.bfloat16).tensor
+    assert torch.equal(tensor.step, nearest.step)
+    assert quadratic_error(w, tensor.dequantize(), H) < 0.8 * quadratic_error(w, nearest.dequantize(), H)
 
 
 class Bench:
