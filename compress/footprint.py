@@ -18,6 +18,8 @@ IMPORTS = 520 << 20
 """Resident memory of the interpreter with torch and transformers imported and warmed up, measured on Linux."""
 HESSIANS = 2
 """The statistics, and the copy of them that is factorised."""
+CROSS = 2
+"""The moments across both streams, and what is made of them, where there are two."""
 COPIES = 5
 """Float32 copies of one layer's weight while it is quantized."""
 SCORING_BYTES = 64 << 20
@@ -27,7 +29,14 @@ LOGITS = 6
 
 
 def peak_memory(
-    block: Sequence[Shape], outside: Sequence[Shape], *, dtype: torch.dtype, tokens: int, calibrated: bool, scored: bool
+    block: Sequence[Shape],
+    outside: Sequence[Shape],
+    *,
+    dtype: torch.dtype,
+    tokens: int,
+    calibrated: bool,
+    scored: bool,
+    two_streams: bool = False,
 ) -> int:
     """Predicted peak resident memory of a run in bytes: the largest phase on top of the imports.
 
@@ -42,7 +51,8 @@ def peak_memory(
     columns = max(columns for _, columns in block)
     widest = max(rows * columns for rows, columns in block)
     stored = dtype.itemsize
-    statistics = HESSIANS * columns**2 * (8 if columns < FLOAT64_BELOW else 4) if calibrated else 0
+    squares = HESSIANS + (CROSS if two_streams else 0)
+    statistics = squares * columns**2 * (8 if columns < FLOAT64_BELOW else 4) if calibrated else 0
     batch = min(BATCH_TOKENS, tokens) * 4 * sum(rows for rows, _ in block)
     walking = weights * (stored + 2) + max(statistics, batch) + COPIES * 4 * widest
     scoring = 4 * max(weights, *outer, 0) + LOGITS * SCORING_BYTES if scored else 0

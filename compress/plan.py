@@ -94,6 +94,7 @@ class Plan:
             dtype=compute_dtype(self.layers[0].dtype, self.recipe.calibration.dtype),
             tokens=self.windows * self.sequence_length,
             calibrated=self.calibrated,
+            two_streams=self.recipe.two_streams,
             scored=self.anatomy.head is not None,
         )
 
