@@ -137,7 +137,7 @@ class FP4Pack:
         stored = {"weight_packed": pack_e2m1(tensor.codes), "weight_scale": tensor.scale.contiguous()}
         if tensor.global_scale is None:
             return stored | {"weight_scale": tensor.scale.contiguous().view(torch.uint8)}
-        return stored | {"weight_global_scale": tensor.global_scale}
+        return stored | {"weight_global_scale": tensor.global_scale.clone()}  # layers may share one, files may not
 
     def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, int], grid: Grid) -> QuantizedTensor:
         scale = stored["weight_scale"]

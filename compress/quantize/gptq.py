@@ -268,7 +268,7 @@ def _unstack(tensor: QuantizedTensor, rows: Sequence[int]) -> list[QuantizedTens
     """The inverse of stacking layers of `rows` output channels each."""
     zeros = [None] * len(rows) if tensor.zero_point is None else tensor.zero_point.split(list(rows))
     parts = zip(tensor.codes.split(list(rows)), tensor.scale.split(list(rows)), zeros, strict=True)
-    return [QuantizedTensor(codes, scale, zero, tensor.grid) for codes, scale, zero in parts]
+    return [QuantizedTensor(codes, scale, zero, tensor.grid, tensor.global_scale) for codes, scale, zero in parts]
 
 
 @dataclass(frozen=True)
@@ -384,8 +384,9 @@ class GPTQ:
 
 
 def _alike(names: Sequence[str], schemes: Mapping[str, Scheme], block: Block) -> list[list[str]]:
-    """Layers of one input that go onto the same grid, and so can be stacked."""
-    stacks: dict[tuple[Scheme, torch.dtype], list[str]] = {}
+    """Layers of one input that go onto the same grid, and so can be stacked; not where rows share scales."""
+    stacks: dict[tuple[Scheme, torch.dtype, str], list[str]] = {}
     for name in names:
-        stacks.setdefault((schemes[name], block.scale_dtype(name)), []).append(name)
+        own = "" if schemes[name].weights.rows == 1 else name
+        stacks.setdefault((schemes[name], block.scale_dtype(name), own), []).append(name)
     return list(stacks.values())
