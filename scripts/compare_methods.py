@@ -90,7 +90,11 @@ def main() -> int:
     for name, stages in ROWS[options.rows](group_size).items():
         with tempfile.TemporaryDirectory() as work:
             recipe = replace(base, stages=tuple(stages))
-            report = compress.run(recipe, model=str(options.model), output=Path(work) / "out")
+            try:
+                report = compress.run(recipe, model=str(options.model), output=Path(work) / "out")
+            except compress.RecipeError as error:  # groups that this model's widths cannot be cut into
+                lines.append(f"| {name} | | | | not possible: {str(error).split(': ')[-1].split('.')[0]} |")
+                continue
         text = report["evaluation"]["texts"][0]
         error = text["kl_standard_error"]
         lines.append(
