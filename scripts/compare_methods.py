@@ -92,8 +92,8 @@ def main() -> int:
             recipe = replace(base, stages=tuple(stages))
             try:
                 report = compress.run(recipe, model=str(options.model), output=Path(work) / "out")
-            except compress.RecipeError as error:  # groups that this model's widths cannot be cut into
-                lines.append(f"| {name} | | | | not possible: {str(error).split(': ')[-1].split('.')[0]} |")
+            except compress.RecipeError:
+                lines.append(f"| {name} | | | | its groups do not divide the widths of this model |")
                 continue
         text = report["evaluation"]["texts"][0]
         error = text["kl_standard_error"]
