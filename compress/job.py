@@ -94,7 +94,6 @@ class Job:
             self._read_back(block)
             self.manifest.blocks = block.index + 1
             self.manifest.save()
-            give_back()
             self.say("blocks", f"block {min(block.index + 2, self.plan.num_blocks)} of {self.plan.num_blocks}")
             del block, shard, outputs  # or they would stay until the next block is done
 
@@ -151,6 +150,7 @@ class Job:
         rest = {header.name: weights.read(name) for name, header in weights.tensors.items() if header.name in outside}
         self.folder.write_shard(self.plan.num_blocks, rest)
         del rest
+        give_back()
         config = dict(self.plan.folder.config)
         linear = [name for name, module in self.model.module.named_modules() if isinstance(module, nn.Linear)]
         kept = [name for name in linear if name not in self.plan.quantized]
@@ -176,6 +176,7 @@ class Job:
         tokens = self.windows.tokens[:batch]
         with self.model.streamed():
             expected = finish(self.model, tokens[:1], hidden.read(0, 1))
+        give_back()
         reloaded = open_model(self.folder.partial, dtype=self.model.dtype, device=str(self.model.device))
         scratch = self.folder.scratch / "verify"
         shutil.rmtree(scratch, ignore_errors=True)

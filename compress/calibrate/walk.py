@@ -87,6 +87,7 @@ def walk(
         del block  # and with it what it holds, before the next one is filled
         inputs = outputs
         model.release(name)
+        give_back()
 
 
 def give_back() -> None:
