@@ -32,6 +32,8 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int]) -> list[s
             problems.append(f"{where}: {stage.name} prepares weights for a quantizer; put rtn or gptq after it")
         if any(earlier < index for earlier in quantizers):
             problems.append(f"{where}: {stage.name} must come before every quantizer")
+        if stage.for_inputs and not any(recipe.stages[later].resolved.inputs for later in quantizers):
+            problems.append(f"{where}: {stage.name} would change nothing: no later scheme rounds inputs, as w8a8 does")
         if not any(site.source for site in anatomy.sites):
             problems.append(f"{where}: {stage.name} has nowhere to fold its scales in the {anatomy.family} family")
     return problems

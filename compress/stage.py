@@ -40,6 +40,9 @@ class Stage(Protocol):
         """Whether it needs calibration inputs."""
         ...
 
+    for_inputs: ClassVar[bool]
+    """It helps only where inputs are rounded."""
+
     @property
     def two_streams(self) -> bool:
         """Whether it needs `block.reference`: what the original model computes of the same windows."""

@@ -149,7 +149,7 @@ def pack(
     ValueError where these are not a weight.
     """
     check(codes, scale, zero_point, bits)
-    if codes.dtype == torch.float8_e4m3fn:  # whatever they have fewer levels than: a byte each
+    if codes.dtype == torch.float8_e4m3fn:  # only the reference has them yet, a byte each
         return reference.pack(codes.to(device), scale.to(device), None, bits=8)
     rows, columns = codes.shape
     backend = choose(bits, columns // scale.shape[1], zero_point is None, dtype, device, columns, rows)

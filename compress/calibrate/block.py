@@ -284,7 +284,7 @@ class Block:
                     stack.enter_context(sublayer.resumed(start, stop))
             if site:
                 layer = self.model.module.get_submodule(site.layers[0])
-                stack.callback(layer.register_forward_pre_hook(catch).remove)
+                stack.callback(layer.register_forward_pre_hook(catch, prepend=True).remove)  # before any rounding
             hidden = self.inputs.read(start, stop).to(self.model.device)
             try:
                 result = self.module(hidden, *self._arguments.args, **self._arguments.kwargs)

@@ -60,6 +60,11 @@ class CompressedTensors:
             ]
         if self.compression != "auto" and scheme.weights.kind != "int":
             return [f"{name}: {scheme.name} cannot be stored {self.compression}. Leave `compression` out."]
+        if scheme.inputs and not scheme.weights.symmetric and self._layout(scheme) == "pack-quantized":
+            return [
+                f"{name}: transformers reads packed zero points only by dequantizing, and then no longer rounds inputs "
+                f"as {scheme.name} has it. Use `symmetric: true`, or `checkpoint: {{compression: int-quantized}}`."
+            ]
         return []
 
     def layout(self, name: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> Entries:

@@ -278,6 +278,7 @@ class GPTQ:
     name: ClassVar[str] = "gptq"
     quantizes: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
+    for_inputs: ClassVar[bool] = False
 
     scheme: str
     group_size: GroupSize = "auto"

@@ -58,6 +58,7 @@ class RTN:
     name: ClassVar[str] = "rtn"
     quantizes: ClassVar[bool] = True
     two_streams: ClassVar[bool] = False
+    for_inputs: ClassVar[bool] = False
 
     scheme: str
     group_size: GroupSize = "auto"
@@ -84,7 +85,8 @@ class RTN:
         for site in block.sites:
             names = [name for name in site.layers if name in schemes]
             hessian = block.moments(site).hessian if self.calibrated and names else None
-            largest = max((float(block.weight(name).abs().max()) for name in names), default=0.0)
+            shared = [name for name in names if schemes[name].weights.scale == "e4m3"]
+            largest = max((float(block.weight(name).abs().max()) for name in shared), default=None)
             for name in names:
                 weight, scheme = block.weight(name), schemes[name]
                 with naming(name):

@@ -70,6 +70,7 @@ class SmoothQuant:
     quantizes: ClassVar[bool] = False
     calibrated: ClassVar[bool] = True
     two_streams: ClassVar[bool] = False
+    for_inputs: ClassVar[bool] = True
 
     alpha: float | Literal["search"] = "search"
 

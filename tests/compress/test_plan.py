@@ -85,6 +85,11 @@ def test_a_transform_needs_a_quantizer_after_it(tiny: Path) -> None:
     assert any("must come before every quantizer" in problem for problem in found)
 
 
+def test_smoothing_needs_a_scheme_that_rounds_inputs(tiny: Path) -> None:
+    (problem,) = problems(tiny, "stages:\n- smoothquant: {}\n- rtn: {scheme: w4a16, group_size: 32}\n")
+    assert "smoothquant would change nothing: no later scheme rounds inputs" in problem
+
+
 def test_all_problems_are_reported_at_once(tiny: Path) -> None:
     found = problems(tiny, "stages:\n- rtn: {scheme: w4a16, group_size: 96, ignore: [nothing]}\n- awq: {}\n")
     assert len(found) > 3

@@ -136,6 +136,16 @@ def test_rounded_inputs_are_what_a_layer_and_its_statistics_see(block: Block) ->
     assert (rough - before).norm() > 5 * (smooth - before).norm()
 
 
+def test_statistics_are_of_inputs_as_they_come_even_after_a_layer_rounds_them(block: Block) -> None:
+    site = block.sites[0]
+    before = block.moments(site).hessian
+    name = site.layers[0]
+    tensor = quantize(block.weight(name), *minmax(block.weight(name), Grid(8), torch.bfloat16), Grid(8))
+    block.quantize(name, tensor, Grid(4))
+    block._moments.clear()
+    assert torch.equal(block.moments(site).hessian, before)
+
+
 def test_one_scale_for_all_tokens_covers_the_largest_input(block: Block) -> None:
     site, grid = block.sites[0], Grid(8, rows=None)
     largest = observed_directly(block, site.layers[0]).abs().max()

@@ -197,10 +197,11 @@ class TestSchemes:
         group = official.QuantizationConfig.model_validate(config).config_groups["group_0"]
         assert (group.input_activations is None) == (scheme.inputs is None)
 
-    def test_a_missing_scale_of_inputs_is_named(self, scheme: Scheme) -> None:
-        if scheme.static:
-            with pytest.raises(ModelError, match=r"a\.b\.input_.*scale: is missing"):
-                CompressedTensors().input_scale("a.b", {}, scheme)
+
+@pytest.mark.parametrize("name", ["w8a8-static", "fp8-static", "nvfp4"])
+def test_a_missing_scale_of_inputs_is_named(name: str) -> None:
+    with pytest.raises(ModelError, match=r"a\.b\.input_.*scale: is missing"):
+        CompressedTensors().input_scale("a.b", {}, parse_scheme(name))
 
 
 class TestConfig:
@@ -314,6 +315,12 @@ class TestConfig:
         (problem,) = CompressedTensors().problems("h.0.attn.c_attn", "Conv1D", (192, 64), Scheme(INT4))
         assert "h.0.attn.c_attn is a Conv1D" in problem
         assert "format: dense" in problem
+
+    def test_packed_zero_points_beside_rounded_inputs_are_refused(self) -> None:
+        scheme = parse_scheme("w4a8", symmetric=False)
+        (problem,) = CompressedTensors().problems("a", "Linear", (64, 128), scheme)
+        assert "no longer rounds inputs" in problem
+        assert CompressedTensors("int-quantized").problems("a", "Linear", (64, 128), scheme) == []
 
     def test_a_linear_layer_is_no_problem(self) -> None:
         assert CompressedTensors().problems("a", "Linear", (64, 64), Scheme(INT4)) == []
