@@ -63,7 +63,7 @@ class Job:
             plan = plan.with_windows(len(windows.tokens))
         stored = plan.layers[0].dtype
         dtype = compute_dtype(stored, plan.recipe.calibration.dtype, device)
-        model = LazyModel.open(plan.folder.path, dtype=dtype, device=device)
+        model = LazyModel(plan.open_weights(), dtype=dtype, device=device)
         key = run_key(f"{dump(plan.recipe)}{dtype}", plan.folder, windows.hash)
         path = folder.scratch / "manifest.json"
         stages = len(plan.recipe.stages)
@@ -87,7 +87,8 @@ class Job:
         self.manifest.width = entrance.inputs.width
         inputs = self._activation_file(done) if done else entrance.inputs
         self.say("blocks", f"block {done + 1} of {self.plan.num_blocks}")
-        steps = walk(self.model, entrance, inputs, self.folder.scratch, self.work, done, self.plan.recipe.two_streams)
+        two, packs = self.plan.recipe.two_streams, self.plan.format.packs
+        steps = walk(self.model, entrance, inputs, self.folder.scratch, self.work, done, two, packs)
         for block, outputs in steps:
             shard = self._encode(block)
             self.folder.write_shard(block.index, shard)
@@ -151,10 +152,10 @@ class Job:
         self.folder.write_shard(self.plan.num_blocks, rest)
         del rest
         give_back()
-        config = dict(self.plan.folder.config)
+        config = dict(self.plan.viewed.config)
         linear = [name for name, module in self.model.module.named_modules() if isinstance(module, nn.Linear)]
         kept = [name for name in linear if name not in self.plan.quantized]
-        quantization = self.plan.format.quantization_config(self.plan.quantized, kept)
+        quantization = self.plan.format.quantization_config(self.plan.quantized, kept, self.model.weights.online)
         if quantization:
             config["quantization_config"] = quantization
         names = [self.folder.shard_name(index) for index in range(len(self.plan.shards))]

@@ -30,13 +30,24 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int]) -> list[s
             continue
         if not any(later > index for later in quantizers):
             problems.append(f"{where}: {stage.name} prepares weights for a quantizer; put rtn or gptq after it")
+        if stage.views and index > 0:
+            problems.append(f"{where}: {stage.name} must be the first stage: those after it see the model it makes")
         if any(earlier < index for earlier in quantizers):
             problems.append(f"{where}: {stage.name} must come before every quantizer")
         if stage.for_inputs and not any(recipe.stages[later].resolved.inputs for later in quantizers):
             problems.append(f"{where}: {stage.name} would change nothing: no later scheme rounds inputs, as w8a8 does")
-        if not any(site.source for site in anatomy.sites):
+        if not (stage.views or any(site.source for site in anatomy.sites)):
             problems.append(f"{where}: {stage.name} has nowhere to fold its scales in the {anatomy.family} family")
     return problems
+
+
+def view(recipe: Recipe, problems: Sequence[str], form: Format) -> list[str]:
+    """What speaks against changing the model as a whole: the stage's own `problems`, and what cannot be stored."""
+    where = recipe.where("stages", 0, recipe.view.name)
+    found = [f"{where}: {problem}" for problem in problems]
+    if recipe.view.online and not form.packs:
+        found.append(f"{where}: an ordinary folder cannot say that inputs are rotated. Set r4: false")
+    return found
 
 
 def groups(

@@ -20,7 +20,7 @@ from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader, canonical, file_bytes, tensor_bytes
 from compress.models.selection import LayerName, did_you_mean, select
-from compress.models.store import compute_dtype
+from compress.models.store import Weights, compute_dtype
 from compress.recipe import Recipe
 
 PROBE_WINDOWS = 2
@@ -57,6 +57,9 @@ class Plan:
 
     recipe: Recipe
     folder: Folder
+    """The model as it lies on disk."""
+    viewed: Folder
+    """The model as the stages see it."""
     anatomy: Anatomy
     layers: tuple[LayerPlan, ...]
     format: Format
@@ -66,6 +69,10 @@ class Plan:
     windows: int
     sequence_length: int
     notes: tuple[str, ...]
+
+    def open_weights(self) -> Weights:
+        """The tensors that the stages work on."""
+        return self.recipe.view.weights(self.viewed) if self.recipe.view else Weights(self.viewed)
 
     @property
     def calibrated(self) -> bool:
@@ -170,12 +177,17 @@ def make_plan(recipe: Recipe, folder: Folder) -> Plan:
     if folder.config.get("quantization_config"):
         method = folder.config["quantization_config"].get("quant_method", "unknown")
         raise ModelError(f"{folder.path}: is quantized already ({method}). Start from the original model")
-    anatomy = anatomy_for(folder.config, folder.shapes)
-    tensors = canonical(folder.tensors, anatomy)
-    num_blocks = _num_blocks(folder.config, anatomy, tensors)
-    candidates = _candidates(anatomy, tensors, num_blocks)
     problems: list[str] = []
     form = _format(recipe)
+    anatomy = anatomy_for(folder.config, folder.shapes)
+    tensors = canonical(folder.tensors, anatomy)
+    view, viewed = recipe.view, folder
+    if view:
+        problems += lint.view(recipe, view.problems(anatomy, tensors), form)
+        viewed = view.folder(folder, anatomy, tensors)
+        tensors = canonical(viewed.tensors, anatomy)
+    num_blocks = _num_blocks(folder.config, anatomy, tensors)
+    candidates = _candidates(anatomy, tensors, num_blocks)
     owner, reasons = _assign(recipe, candidates, problems)
     schemes = {name: recipe.stages[stage].resolved for name, stage in owner.items()}
     shapes = {
@@ -200,9 +212,14 @@ def make_plan(recipe: Recipe, folder: Folder) -> Plan:
         notes.append(f"calibration windows have {length} tokens, the model's context")
     if anatomy.head and f"{anatomy.head}.weight" not in tensors:
         notes.append(f"{anatomy.head} is tied to {anatomy.embedding} and stays as it is")
+    if len(viewed.tensors) > len(folder.tensors):
+        notes.append(f"{anatomy.head} was tied to {anatomy.embedding}; rotated it has a weight of its own")
+    if view and view.online:
+        notes.append("inputs are rotated while the model runs: vLLM and compress.load do that, transformers does not")
     return Plan(
         recipe=recipe,
         folder=folder,
+        viewed=viewed,
         anatomy=anatomy,
         layers=layers,
         format=form,

@@ -107,6 +107,11 @@ class Recipe:
         """Whether any stage wants the original model's activations beside the compressed one's."""
         return any(stage.two_streams for stage in self.stages)
 
+    @property
+    def view(self) -> Any:
+        """The stage that changes the model as a whole before the walk, None where the first does not."""
+        return next((stage for stage in self.stages[:1] if stage.views), None)
+
     def where(self, *path: str | int) -> str:
         """Where to point in a complaint about `path`: its own place or that of the nearest part around it."""
         return _nearest(self.positions, path) or self.source or self.name

@@ -13,6 +13,9 @@ from typing import ClassVar, Protocol
 
 from compress.calibrate.block import Block
 from compress.core.scheme import Scheme
+from compress.models.anatomy import Anatomy
+from compress.models.headers import Folder, TensorHeader
+from compress.models.store import Weights
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Stage(Protocol):
 
     for_inputs: ClassVar[bool]
     """It helps only where inputs are rounded."""
+    views: ClassVar[bool]
+    """It is a `View`."""
 
     @property
     def two_streams(self) -> bool:
@@ -51,4 +56,25 @@ class Stage(Protocol):
     def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
         """Work on one block. `schemes`: the layers a quantizer owns here, or, for a transform, every layer that a later
         stage quantizes."""
+        ...
+
+
+class View(Stage, Protocol):
+    """A stage that changes the model as a whole, before the walk: its tensors are rewritten as they are read."""
+
+    @property
+    def online(self) -> bool:
+        """Whether something is left to be done to inputs while the model runs."""
+        ...
+
+    def problems(self, anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> list[str]:
+        """Why it cannot be done to this model, a sentence each."""
+        ...
+
+    def folder(self, folder: Folder, anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> Folder:
+        """What the folder will look like to a reader: config and headers."""
+        ...
+
+    def weights(self, folder: Folder) -> Weights:
+        """The tensors of such a folder."""
         ...

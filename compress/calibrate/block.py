@@ -27,6 +27,7 @@ from compress.calibrate.sublayer import Sublayer
 from compress.core.inputs import input_scale, round_inputs
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid
+from compress.models.anatomy import Site
 from compress.models.store import LazyModel
 
 
@@ -59,6 +60,7 @@ class Block:
         arguments: Arguments,
         scratch: Path,
         original: Stream | None = None,
+        packs: bool = True,
     ) -> None:
         self.model = model
         self.index = index
@@ -76,7 +78,7 @@ class Block:
                 index,
                 tuple(f"{self.name}.{layer}" for layer in site.layers if layer in present),
                 tuple(role for layer, role in site.roles.items() if layer in present),
-                f"{self.name}.{site.source}" if site.source else None,
+                self._source(site),
             )
             for index, site in enumerate(model.anatomy.sites)
             if any(layer in present for layer in site.layers)
@@ -85,6 +87,7 @@ class Block:
         self._scratch = scratch
         self._batch = max(1, BATCH_TOKENS // inputs.length)
         self._original = original
+        self._packs = packs
         self._reference: Reference | None = None
         self._rounded: dict[str, RemovableHandle] = {}
         self._moments: dict[int, tuple[object, Moments]] = {}
@@ -124,7 +127,7 @@ class Block:
 
     def sample(self, site: BlockSite) -> Float[Tensor, "tokens in"]:
         """A site's inputs in the first batch of calibration windows, in float32."""
-        return self._run(0, site).flatten(0, -2).float()
+        return self.model.rotated(site.layers[0], self._run(0, site)).flatten(0, -2).float()
 
     @property
     def reference(self) -> Reference:
@@ -155,7 +158,8 @@ class Block:
         self.quantized[name] = tensor
         if inputs:
             self._round_inputs(name, inputs)
-        self._set_weight(name, tensor.dequantize(self.model.dtype))
+        stored = tensor.dequantize(self.model.dtype if self._packs else tensor.scale.dtype)
+        self._set_weight(name, stored.to(self.model.dtype))
 
     def rewrite(self, name: str, weight: Float[Tensor, "out in"]) -> None:
         """Replace a layer's weight by another full-precision one."""
@@ -215,9 +219,16 @@ class Block:
         observer = MomentsObserver(self._width(site.layers[0]), largest, cross)
         original = self.reference.sites[site.index] if cross else None
         for start, batch in zip(self._starts, self._inputs_of(site), strict=True):
-            rounded = round_inputs(batch, inputs) if inputs and not inputs.overall else batch
-            observer.update(rounded, original.read(start, start + self._batch) if original else None)
+            given = self.model.rotated(site.layers[0], batch)
+            rounded = round_inputs(given, inputs) if inputs and not inputs.overall else given
+            wanted = self.model.rotated(site.layers[0], original.read(start, start + self._batch)) if original else None
+            observer.update(rounded, wanted)
         return observer.result(self.inputs.windows * self.inputs.length, name=site.layers[0])
+
+    def _source(self, site: Site) -> str | None:
+        """What a scale of the site's inputs can be folded into: nothing, where they are rotated on the way."""
+        turned = any(f"{self.name}.{layer}" in self.model.weights.online for layer in site.layers)
+        return f"{self.name}.{site.source}" if site.source and not turned else None
 
     def _round_inputs(self, name: str, grid: Grid) -> None:
         if name in self._rounded:
@@ -242,7 +253,8 @@ class Block:
             for site in self.sites:
                 layer = self.model.module.get_submodule(site.layers[0])
                 keep = sites[site.index].append
-                stack.callback(layer.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0])).remove)
+                hook = layer.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0]), prepend=True)
+                stack.callback(hook.remove)
             for start in self._starts:
                 outputs.append(self.forward(inputs.read(start, start + self._batch).to(self.model.device)))
         return Reference(inputs, outputs, sites)

@@ -8,7 +8,7 @@ for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -49,11 +49,17 @@ class Format(Protocol):
     def decode(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
         """The weight that `encode` was given. Raises ModelError where the tensors do not fit the grid."""
 
-    def quantization_config(self, schemes: Mapping[str, Scheme], ignored: Sequence[str]) -> dict[str, Any] | None:
-        """That entry of config.json, if any; `ignored` names each nn.Linear that stays as it was."""
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme], ignored: Sequence[str], rotated: Mapping[str, int] | None = None
+    ) -> dict[str, Any] | None:
+        """That entry of config.json, if any; `ignored` names each nn.Linear that stays as it was, `rotated` each whose
+        inputs are rotated while the model runs, and the size of the Hadamard matrix."""
 
     def schemes(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
         """Which layers of a folder are stored quantized and how, from that entry and the headers."""
+
+    def rotated_inputs(self, config: Mapping[str, Any], layers: Collection[str]) -> dict[str, int]:
+        """What was given as `rotated`. Raises ModelError for rotations that cannot be carried out."""
 
     def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
         """The scale of a layer's inputs, where calibration fixed one."""

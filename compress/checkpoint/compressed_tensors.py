@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from compress.checkpoint.layouts import LAYOUTS, Entries, Layout, layout_for
+from compress.checkpoint.rotations import rotated_inputs, transform_config
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import INPUT_BITS, WEIGHT_BITS, Grid, Scheme, parse_scheme
 from compress.errors import ModelError
@@ -102,7 +103,9 @@ class CompressedTensors:
                 _check_codes(f"{name}.{leaf}", stored[leaf], grid)
         return layout.decode(stored, shape, grid)
 
-    def quantization_config(self, schemes: Mapping[str, Scheme], ignored: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme], ignored: Sequence[str], rotated: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
         """What config.json says of these layers; `ignored` names every nn.Linear that stays as it was."""
         layers: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
@@ -128,16 +131,18 @@ class CompressedTensors:
         }
         if layouts == ["pack-quantized"] and not next(iter(layers)).weights.symmetric:
             config["dequantize"] = True
+        if rotated:
+            config["transform_config"] = transform_config(rotated)
         return config
 
     def schemes(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
         """Layer → scheme, from anyone's `quantization_config` and the headers of the files.
 
         A layer is quantized if it is stored so; `targets` only say how. Raises ModelError for what cannot be read:
-        quantized outputs, sparse or rotated weights, columns in another order, grids that `Grid` has no word for. The
+        quantized outputs, sparse weights, columns in another order, grids that `Grid` has no word for. The
         KV cache's scheme is not looked at.
         """
-        _refuse_transforms(config)
+        _refuse_sparsity(config)
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping):
             raise ModelError(f"quantization_config.config_groups: got {groups!r}, expected groups of layers")
@@ -151,6 +156,10 @@ class CompressedTensors:
             schemes[name] = scheme_by_group[key]
             _refuse_strays(name, tensors, schemes[name].weights)
         return schemes
+
+    def rotated_inputs(self, config: Mapping[str, Any], layers: Collection[str]) -> dict[str, int]:
+        """Layer → size of the Hadamard matrix that its inputs are rotated by while the model runs."""
+        return rotated_inputs(config.get("transform_config") or {}, layers)
 
     def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
         """The scale of a layer's inputs that is stored beside it. Raises ModelError where it is missing."""
@@ -334,9 +343,7 @@ def _refuse_strays(name: str, stored: Container[str], grid: Grid) -> None:
             raise ModelError(f"{name}.{stray}: has no meaning for {grid}, so this layer cannot be read")
 
 
-def _refuse_transforms(config: Mapping[str, Any]) -> None:
-    sparsity, transform = config.get("sparsity_config") or {}, config.get("transform_config") or {}
+def _refuse_sparsity(config: Mapping[str, Any]) -> None:
+    sparsity = config.get("sparsity_config") or {}
     if sparsity.get("format", "dense") != "dense":
         raise ModelError(f"quantization_config.sparsity_config: {sparsity['format']!r} cannot be read")
-    if transform.get("config_groups"):
-        raise ModelError("quantization_config.transform_config: rotated weights cannot be read")

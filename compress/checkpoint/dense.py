@@ -7,7 +7,7 @@ for one, and comparisons: this is the model that any packed checkpoint of the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,11 +49,17 @@ class Dense:
         """Raises ModelError: the codes were not kept."""
         raise ModelError(f"{name}: is stored as ordinary weights; their codes on {grid} were not kept")
 
-    def quantization_config(self, schemes: Mapping[str, Scheme], ignored: Sequence[str]) -> None:
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme], ignored: Sequence[str], rotated: Mapping[str, int] | None = None
+    ) -> None:
         """None: readers see an ordinary model."""
 
     def schemes(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
         """No layer is stored quantized."""
+        return {}
+
+    def rotated_inputs(self, config: Mapping[str, Any], layers: Collection[str]) -> dict[str, int]:
+        """None: there is no place to say so."""
         return {}
 
     def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:

@@ -24,7 +24,10 @@ class QuantizedWeights(Weights):
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder)
         self.format: Format = format_of(folder.config)
-        self.schemes: dict[str, Scheme] = self.format.schemes(folder.config["quantization_config"], self.tensors)
+        config = folder.config["quantization_config"]
+        self.schemes: dict[str, Scheme] = self.format.schemes(config, self.tensors)
+        linear = [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
+        self.online = self.format.rotated_inputs(config, [*self.schemes, *linear])
 
     def __contains__(self, name: str) -> bool:
         return name.removesuffix(".weight") in self.schemes or super().__contains__(name)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from compress.core.hadamard import hadamard
 from compress.core.inputs import round_inputs
 from compress.core.scheme import Grid
 from compress.errors import ModelError, RequestError
@@ -39,6 +40,8 @@ class Weights:
         self.folder = folder
         self.anatomy = self.find_anatomy()
         self.tensors = canonical(folder.tensors, self.anatomy)
+        self.online: dict[str, int] = {}
+        """Layer → the size of the Hadamard matrix that its inputs are rotated by while the model runs."""
 
     def find_anatomy(self) -> Anatomy:
         return anatomy_for(self.folder.config, self.folder.shapes)
@@ -83,6 +86,9 @@ class LazyModel:
         self.module = empty_module(weights.folder)
         self.tied: dict[str, str] = dict(getattr(self.module, "all_tied_weights_keys", None) or {})
         self._check()
+        for name in weights.online:
+            layer = self.module.get_submodule(name)
+            layer.register_forward_pre_hook(lambda _, args, name=name: (self.rotated(name, args[0]), *args[1:]))
 
     @classmethod
     def open(cls, path: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LazyModel:
@@ -125,6 +131,10 @@ class LazyModel:
         """From now on a layer's inputs are rounded to a grid before it sees them, until the handle is removed."""
         layer = self.module.get_submodule(name)
         return layer.register_forward_pre_hook(lambda _, args: (round_inputs(args[0], grid, scale), *args[1:]))
+
+    def rotated(self, name: str, inputs: Tensor) -> Tensor:
+        """What a layer computes with, given these inputs: rotated ones where its weights are."""
+        return hadamard(inputs, self.weights.online[name]) if name in self.weights.online else inputs
 
     @contextmanager
     def streamed(self) -> Iterator[nn.Module]:
@@ -194,6 +204,8 @@ def empty_module(folder: Folder) -> nn.Module:
     config = read_config(folder.path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if folder.config.get("tie_word_embeddings") is False:
+        config.tie_word_embeddings = False
     architecture = next(iter(config.architectures or ()), None)
     model_class = getattr(transformers, architecture or "", None)
     try:

@@ -279,6 +279,7 @@ class GPTQ:
     quantizes: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
     for_inputs: ClassVar[bool] = False
+    views: ClassVar[bool] = False
 
     scheme: str
     group_size: GroupSize = "auto"

@@ -59,6 +59,7 @@ class RTN:
     quantizes: ClassVar[bool] = True
     two_streams: ClassVar[bool] = False
     for_inputs: ClassVar[bool] = False
+    views: ClassVar[bool] = False
 
     scheme: str
     group_size: GroupSize = "auto"

@@ -81,6 +81,7 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
             torch.cat(biases) if biases else None,
             inputs=weights.schemes[names[0]].inputs,
             input_scale=weights.input_scale(names[0]),
+            rotated=weights.online.get(names[0]),
             dtype=dtype,
             device=device,
         )

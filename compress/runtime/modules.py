@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import quant_kernels
+from compress.core.hadamard import hadamard
 from compress.core.inputs import round_inputs
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid, Scheme
@@ -28,11 +29,19 @@ class QuantLinear(nn.Module):
     bias: Tensor | None
     input_scale: Tensor | None
 
-    def __init__(self, packed: Packed, bias: Tensor | None, scheme: Scheme, input_scale: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        packed: Packed,
+        bias: Tensor | None,
+        scheme: Scheme,
+        input_scale: Tensor | None = None,
+        rotated: int | None = None,
+    ) -> None:
         super().__init__()
         self.in_features = packed.in_features
         self.out_features = packed.out_features
         self.scheme = scheme
+        self.rotated = rotated
         self.backend = packed.kernel
         self._bits = packed.bits
         self._packed: Packed | None = None
@@ -50,10 +59,15 @@ class QuantLinear(nn.Module):
         *,
         inputs: Grid | None = None,
         input_scale: Tensor | None = None,
+        rotated: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> QuantLinear:
-        """Pack a weight for activations of `dtype` on `device`, rounded to the grid `inputs` first if there is one."""
+        """Pack a weight for activations of `dtype` on `device`.
+
+        `rotated`: the size of the Hadamard matrix that inputs are rotated by first, in runs. `inputs`: the grid they
+        are rounded to then.
+        """
         packed = quant_kernels.pack(
             weight.codes,
             weight.scale if weight.grid.kind == "int" else weight.step,
@@ -64,7 +78,7 @@ class QuantLinear(nn.Module):
         )
         bias = None if bias is None else bias.detach().to(device=device, dtype=dtype)
         input_scale = None if input_scale is None else input_scale.to(device)
-        return cls(packed, bias, Scheme(weight.grid, inputs), input_scale)
+        return cls(packed, bias, Scheme(weight.grid, inputs), input_scale, rotated)
 
     @property
     def packed(self) -> Packed:
@@ -79,6 +93,8 @@ class QuantLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rotated:
+            x = hadamard(x, self.rotated)
         if self.scheme.inputs:
             x = round_inputs(x, self.scheme.inputs, self.input_scale)
         return quant_kernels.linear(x, self.packed, self.bias)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from compress.transform.awq import AWQ
+from compress.transform.rotate import Rotate
 from compress.transform.smoothquant import SmoothQuant
 
-TRANSFORMS = {transform.name: transform for transform in (AWQ, SmoothQuant)}
+TRANSFORMS = {transform.name: transform for transform in (AWQ, Rotate, SmoothQuant)}

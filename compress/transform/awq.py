@@ -121,6 +121,7 @@ class AWQ:
     calibrated: ClassVar[bool] = True
     two_streams: ClassVar[bool] = False
     for_inputs: ClassVar[bool] = False
+    views: ClassVar[bool] = False
 
     scale_steps: int = 20
     """Exponents tried, from 0 in equal steps to below 1."""

@@ -71,6 +71,7 @@ class SmoothQuant:
     calibrated: ClassVar[bool] = True
     two_streams: ClassVar[bool] = False
     for_inputs: ClassVar[bool] = True
+    views: ClassVar[bool] = False
 
     alpha: float | Literal["search"] = "search"
 

@@ -299,7 +299,6 @@ class TestConfig:
             ({"config_groups": {"group_0": {"targets": "Linear", "weights": W4}}}, "targets are 'Linear'"),
             ({}, "config_groups: got None"),
             (config_of(W4) | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "'sparse-24-bitmask'"),
-            (config_of(W4) | {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config"),
         ],
     )
     def test_what_cannot_be_read_is_named(self, config: dict[str, Any], message: str) -> None:
