@@ -20,6 +20,8 @@ HESSIANS = 2
 """The statistics, and the copy of them that is factorised."""
 CROSS = 2
 """The moments across both streams, and what is made of them, where there are two."""
+LEARNING = 4
+"""Float32 copies of a block's weights while they are learned: offsets, gradients, old and new."""
 COPIES = 5
 """Float32 copies of one layer's weight while it is quantized."""
 SCORING_BYTES = 64 << 20
@@ -37,13 +39,14 @@ def peak_memory(
     calibrated: bool,
     scored: bool,
     two_streams: bool = False,
+    learned: bool = False,
 ) -> int:
     """Predicted peak resident memory of a run in bytes: the largest phase on top of the imports.
 
     `dtype` is that of the computation. `block`, `outside`: shapes [out, in] of the linear layers of one block, and of
     embedding and head. `tokens`: in all calibration windows together. Walking holds one block in the compute dtype, its
     integer codes and their packed form, the widest layer's statistics with what their factorisation needs, and one
-    batch on its way through the block.
+    batch on its way through the block; where weights are `learned`, their offsets and gradients as well.
     Scoring holds the largest part of a model in float32, and one batch of logits a few times over.
     """
     weights = sum(rows * columns for rows, columns in block)
@@ -55,6 +58,8 @@ def peak_memory(
     statistics = squares * columns**2 * (8 if columns < FLOAT64_BELOW else 4) if calibrated else 0
     batch = min(BATCH_TOKENS, tokens) * 4 * sum(rows for rows, _ in block)
     walking = weights * (stored + 2) + max(statistics, batch) + COPIES * 4 * widest
+    if learned:
+        walking += LEARNING * 4 * weights + 2 * batch
     scoring = 4 * max(weights, *outer, 0) + LOGITS * SCORING_BYTES if scored else 0
     return IMPORTS + max(walking, scoring, stored * sum(outer))
 

@@ -21,13 +21,13 @@ from compress.calibrate.activations import Activations
 from compress.calibrate.block import Block
 from compress.calibrate.capture import finish
 from compress.calibrate.data import Windows, calibration_windows, first_tokens, is_file, read_dataset
-from compress.calibrate.walk import enter, give_back, inputs_of, walk
+from compress.calibrate.walk import enter, inputs_of, walk
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key, write_atomically
 from compress.checkpoint.weights import open_model
 from compress.errors import VerificationError
 from compress.footprint import peak_memory_so_far, versions
-from compress.models.store import LazyModel, compute_dtype, load_tokenizer
+from compress.models.store import LazyModel, compute_dtype, give_back, load_tokenizer
 from compress.plan import Plan
 from compress.recipe import dump
 from compress.scoring import Progress, read_streams, score_streams
@@ -74,6 +74,14 @@ class Job:
             manifest = Manifest(path, key, seconds=[0.0] * stages, layers=[[] for _ in range(stages)])
         folder.open(resume=resume)
         manifest.save()
+        if plan.units:
+            tell("allocate", 0.0, f"measuring {len(plan.units)} units")
+            if "allocation" not in manifest.facts:
+                scratch = folder.scratch / "allocation"
+                decision = plan.recipe.allocator.decide(model, windows.tokens, scratch, plan.units)
+                manifest.facts["allocation"] = decision
+                manifest.save()
+            plan = plan.decided(manifest.facts["allocation"]["bits"])
         return cls(plan, folder, model, windows, texts, tokenizer, manifest, tell, started)
 
     # ---- walk --------------------------------------------------------------------------------------------------
@@ -257,6 +265,7 @@ class Job:
             "evaluation_note": note,
             "gates": _gates(plan, evaluation),
             "verification": manifest.facts["verification"],
+            "allocation": manifest.facts.get("allocation"),
             "notes": list(plan.notes),
             "roles": {layer.name: layer.role for layer in plan.layers},
             "block_of": {layer.name: layer.block for layer in plan.layers if layer.block is not None},

@@ -13,6 +13,7 @@ from compress.core.scheme import Scheme
 from compress.models.anatomy import Anatomy
 from compress.models.selection import LayerName
 from compress.recipe import Recipe
+from compress.stage import Unit
 
 SIZES = (256, 128, 64, 32, 16)
 """Group sizes that engines have kernels for, offered in place of one that does not divide."""
@@ -21,22 +22,24 @@ SIZES = (256, 128, 64, 32, 16)
 def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int]) -> list[str]:
     """Stages that would change nothing, or stand where they cannot work. `owner`: layer → stage."""
     problems = []
-    quantizers = [index for index, stage in enumerate(recipe.stages) if stage.quantizes]
+    quantizers = [index for index, stage in enumerate(recipe.stages) if stage.role == "quantizer"]
     for index, stage in enumerate(recipe.stages):
         where = recipe.where("stages", index, stage.name)
-        if stage.quantizes:
+        if stage.role == "quantizer":
             if index not in owner.values():
                 problems.append(f"{where}: stages[{index}].{stage.name} would change nothing: no layer is left for it")
             continue
+        if stage.role == "allocator" and stage is not recipe.allocator:
+            problems.append(f"{where}: one {stage.name} decides for all layers; leave out the second")
         if not any(later > index for later in quantizers):
             problems.append(f"{where}: {stage.name} prepares weights for a quantizer; put rtn or gptq after it")
-        if stage.views and index > 0:
+        if stage.role == "view" and index > 0:
             problems.append(f"{where}: {stage.name} must be the first stage: those after it see the model it makes")
         if any(earlier < index for earlier in quantizers):
             problems.append(f"{where}: {stage.name} must come before every quantizer")
         if stage.for_inputs and not any(recipe.stages[later].resolved.inputs for later in quantizers):
             problems.append(f"{where}: {stage.name} would change nothing: no later scheme rounds inputs, as w8a8 does")
-        if not (stage.views or any(site.source for site in anatomy.sites)):
+        if stage.role == "transform" and not any(site.source for site in anatomy.sites):
             problems.append(f"{where}: {stage.name} has nowhere to fold its scales in the {anatomy.family} family")
     return problems
 
@@ -48,6 +51,25 @@ def view(recipe: Recipe, problems: Sequence[str], form: Format) -> list[str]:
     if recipe.view.online and not form.packs:
         found.append(f"{where}: an ordinary folder cannot say that inputs are rotated. Set r4: false")
     return found
+
+
+def allocation(recipe: Recipe, units: Sequence[Unit], form: Format) -> list[str]:
+    """An allocator with nothing to decide, too little to spend, or choices that the format cannot hold side by side."""
+    index = recipe.stages.index(recipe.allocator)
+    where = recipe.where("stages", index, recipe.allocator.name)
+    if any(scheme.weights.kind != "int" for unit in units for scheme in unit.schemes):
+        return [f"{where}: only integer schemes come in several widths; give the quantizer one like w4a16"]
+    least = sum(min(unit.bytes) for unit in units)
+    problems = []
+    if least > recipe.allocator.budget(units):
+        bits = 8 * least / sum(unit.num_weights for unit in units)
+        problems.append(
+            f"{recipe.where('stages', index, recipe.allocator.name, 'bits_per_weight')}: bits_per_weight="
+            f"{recipe.allocator.bits_per_weight} is less than the {bits:.3f} that the smallest choice takes with its "
+            "scales. Raise it, offer fewer bits, or use larger groups"
+        )
+    offered = {str(choice): scheme for unit in units for choice, scheme in enumerate(unit.schemes)}
+    return problems + readers(recipe, offered, form)
 
 
 def groups(

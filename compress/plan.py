@@ -22,6 +22,8 @@ from compress.models.headers import Folder, TensorHeader, canonical, file_bytes,
 from compress.models.selection import LayerName, did_you_mean, select
 from compress.models.store import Weights, compute_dtype
 from compress.recipe import Recipe
+from compress.stage import Unit
+from compress.units import allotted, units_of
 
 PROBE_WINDOWS = 2
 """Windows that a run without calibration sends through the model, so that its checkpoint can be verified."""
@@ -69,6 +71,8 @@ class Plan:
     windows: int
     sequence_length: int
     notes: tuple[str, ...]
+    units: tuple[Unit, ...] = ()
+    """What an allocator chooses for; the schemes above are those of a uniform choice until it has."""
 
     def open_weights(self) -> Weights:
         """The tensors that the stages work on."""
@@ -102,6 +106,7 @@ class Plan:
             tokens=self.windows * self.sequence_length,
             calibrated=self.calibrated,
             two_streams=self.recipe.two_streams,
+            learned=any(stage.name == "autoround" for stage in self.recipe.stages),
             scored=self.anatomy.head is not None,
         )
 
@@ -125,6 +130,10 @@ class Plan:
         """Length of the windows a run is scored on: the model's context, at most 2048."""
         return min(2048, context_length(self.folder.config))
 
+    def decided(self, bits: Mapping[str, int]) -> Plan:
+        """The plan once an allocator has decided: layer → bits."""
+        return replace(make_plan(self.recipe, self.folder, bits), windows=self.windows, notes=self.notes)
+
     def with_windows(self, windows: int) -> Plan:
         """The plan for a text that holds fewer windows than the recipe asks for."""
         note = f"the calibration text holds {windows} windows, {self.windows} were asked for"
@@ -132,7 +141,7 @@ class Plan:
 
     def schemes(self, stage: int, block: int) -> dict[str, Scheme]:
         """The layers a stage deals with in one block: a quantizer's own; for a transform, those quantized later."""
-        own = self.recipe.stages[stage].quantizes
+        own = self.recipe.stages[stage].role == "quantizer"
         return {
             layer.name: layer.scheme
             for layer in self.layers
@@ -168,8 +177,8 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, folder: Folder) -> Plan:
-    """Resolve a recipe against a model's headers.
+def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = None) -> Plan:
+    """Resolve a recipe against a model's headers. `bits`: layer → what an allocator has decided.
 
     Raises RecipeError listing every selector, group, fused pair or combination that cannot be, with its place in
     the recipe; ModelError where the model itself is the problem.
@@ -195,6 +204,12 @@ def make_plan(recipe: Recipe, folder: Folder) -> Plan:
     }
     problems += lint.stages(recipe, anatomy, owner)
     problems += lint.groups(recipe, owner, schemes, shapes)
+    units: list[Unit] = []
+    if recipe.allocator and not problems:
+        types = {name: tensors[f"{name}.weight"].dtype for name in schemes}
+        units = units_of(recipe.allocator.choices, anatomy, schemes, shapes, types, form)
+        problems += lint.allocation(recipe, units, form)
+        schemes |= allotted(recipe.allocator.budget(units), units, bits)
     problems += lint.storage(recipe, owner, schemes, shapes, candidates, form)
     problems += lint.fused(anatomy, candidates, schemes)
     problems += lint.readers(recipe, schemes, form)
@@ -228,6 +243,7 @@ def make_plan(recipe: Recipe, folder: Folder) -> Plan:
         windows=recipe.calibration.samples if calibrated else PROBE_WINDOWS,
         sequence_length=length,
         notes=tuple(notes),
+        units=tuple(units),
     )
 
 
@@ -283,7 +299,7 @@ def _assign(recipe: Recipe, layers: Sequence[LayerName], problems: list[str]) ->
     if not any(layer.role == "lm_head" for layer in layers):
         known.append(LayerName("lm_head", "lm_head", "Linear"))  # tied: may be named, has no weight of its own
     for index, stage in enumerate(recipe.stages):
-        if not stage.quantizes:
+        if stage.role != "quantizer":
             continue
         chosen = _resolve(recipe, index, "layers", stage.layers, known, problems)
         ignored = _resolve(recipe, index, "ignore", stage.ignore, known, problems)

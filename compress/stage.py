@@ -7,15 +7,22 @@ layers, and reports each. After `apply` the block still runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
 
 from compress.calibrate.block import Block
 from compress.core.scheme import Scheme
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader
-from compress.models.store import Weights
+from compress.models.store import LazyModel, Weights
+
+Role = Literal["quantizer", "transform", "view", "allocator"]
+"""A quantizer owns layers and puts them on their grids, a transform rewrites them, function preserved. A view changes
+the model as a whole before the walk, and an allocator decides the bits of the quantizers behind it."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,7 @@ class Stage(Protocol):
 
     name: ClassVar[str]
     """Its key in a recipe."""
-    quantizes: ClassVar[bool]
-    """True: the stage owns layers and gives them their grid. False: it rewrites them, function preserved."""
+    role: ClassVar[Role]
 
     @property
     def calibrated(self) -> bool:
@@ -45,8 +51,6 @@ class Stage(Protocol):
 
     for_inputs: ClassVar[bool]
     """It helps only where inputs are rounded."""
-    views: ClassVar[bool]
-    """It is a `View`."""
 
     @property
     def two_streams(self) -> bool:
@@ -56,6 +60,29 @@ class Stage(Protocol):
     def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
         """Work on one block. `schemes`: the layers a quantizer owns here, or, for a transform, every layer that a later
         stage quantizes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that must be quantized alike, and what each choice would make of them."""
+
+    layers: tuple[str, ...]
+    schemes: tuple[Scheme, ...]
+    bytes: tuple[int, ...]
+    """By choice, of all layers together."""
+    num_weights: int
+
+
+class Allocator(Stage, Protocol):
+    """A stage that decides, from calibration and before the walk, the bits of the quantizers behind it."""
+
+    def budget(self, units: Sequence[Unit]) -> int:
+        """In bytes."""
+        ...
+
+    def decide(self, model: LazyModel, tokens: Tensor, scratch: Path, units: Sequence[Unit]) -> dict[str, Any]:
+        """Layer → bits under `bits`, and what the report shows of the decision; plain data."""
         ...
 
 

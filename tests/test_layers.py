@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 EVERYWHERE = "errors"
-PART_OF_FILE = {"footprint": "plan", "job": "pipeline", "lint": "plan"}
+PART_OF_FILE = {"draft": "recipe", "footprint": "plan", "job": "pipeline", "lint": "plan", "units": "plan"}
 """Files that belong to a part by another name."""
 SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the codecs that wrote it"}
 KERNEL_USERS = ("checkpoint", "runtime", "doctor")

@@ -65,7 +65,7 @@ def _blocks_replaced(model: LazyModel, replacements: list[nn.Module]) -> Iterato
             blocks[index] = original
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed(
     model: LazyModel, tokens: Int[Tensor, "batch length"]
 ) -> tuple[Float[Tensor, "batch length width"], list[Arguments]]:

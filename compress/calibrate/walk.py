@@ -6,9 +6,7 @@ empty it, go on. Memory holds one block and one batch; everything else is in fil
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +29,7 @@ class Entrance:
     arguments: Sequence[Arguments]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def enter(model: LazyModel, tokens: Int[Tensor, "windows length"], path: Path, resumed: bool = False) -> Entrance:
     """Embed the calibration windows into a file. When a run is resumed only the blocks' arguments are needed."""
     before = [name for name in model.anatomy.before if name in dict(model.module.named_modules())]
@@ -90,14 +88,3 @@ def walk(
         del block  # and with it what it holds, before the next one is filled
         inputs = outputs
         model.release(name)
-        give_back()
-
-
-def give_back() -> None:
-    """Hand freed memory back to the system.
-
-    glibc keeps what lies between small things that live on, a little more with every block, so that memory would grow
-    with depth although nothing is held. Elsewhere nothing is done.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -25,8 +25,11 @@ LEAST = torch.finfo(torch.float32).tiny
 def round_inputs(
     x: Float[Tensor, "*tokens in"], grid: Grid, scale: Float[Tensor, ""] | None = None
 ) -> Float[Tensor, "*tokens in"]:
-    """`x` as the grid holds it, in its own type; computed in float32. `scale`: of a grid that has one overall."""
-    groups = x.float().unflatten(-1, (grid.num_groups(x.shape[-1]), -1))
+    """`x` as the grid holds it, in its own type; computed in float32. `scale`: of a grid that has one overall.
+
+    Its gradient is that of the identity.
+    """
+    groups = x.detach().float().unflatten(-1, (grid.num_groups(x.shape[-1]), -1))
     if grid.overall and scale is None:
         raise ValueError(f"{grid} needs a scale that calibration has fixed")
     largest = groups.abs().amax(dim=-1, keepdim=True)
@@ -37,7 +40,8 @@ def round_inputs(
         step = power_of_two(largest)
     else:
         step = input_scale(largest, grid) if scale is None else scale.float()
-    return nearest_level(groups / step, grid).mul_(step).flatten(-2).to(x.dtype)
+    rounded = nearest_level(groups / step, grid).mul_(step).flatten(-2).to(x.dtype)
+    return rounded + (x - x.detach()) if x.requires_grad else rounded
 
 
 def input_scale(largest: Float[Tensor, "*any"], grid: Grid) -> Float[Tensor, "*any"]:

@@ -1,11 +1,15 @@
 """Weight quantization: floats onto integer grids. One file per method.
 
-`METHODS` is the table of contents: the name a recipe uses, and the stage behind it.
+`METHODS` is the table of contents: the name a recipe uses, and the stage behind it. `ALLOCATORS` decide their bits.
 """
 
 from __future__ import annotations
 
+from compress.quantize.allocate import Allocate
+from compress.quantize.autoround import AutoRound
 from compress.quantize.gptq import GPTQ
+from compress.quantize.hqq import HQQ
 from compress.quantize.rtn import RTN
 
-METHODS = {method.name: method for method in (GPTQ, RTN)}
+ALLOCATORS = {Allocate.name: Allocate}
+METHODS = {method.name: method for method in (GPTQ, HQQ, RTN, AutoRound)}

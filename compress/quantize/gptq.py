@@ -47,7 +47,7 @@ from compress.errors import NumericalError
 from compress.quantize.asymmetric import LIMIT, Target, closed_form, gptaq
 from compress.quantize.refine import refine
 from compress.quantize.rtn import check_range, naming, rtn
-from compress.stage import LayerReport
+from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:
     from compress.calibrate.block import Block, BlockSite
@@ -276,10 +276,9 @@ class GPTQ:
     """The stage `gptq`."""
 
     name: ClassVar[str] = "gptq"
-    quantizes: ClassVar[bool] = True
+    role: ClassVar[Role] = "quantizer"
     calibrated: ClassVar[bool] = True
     for_inputs: ClassVar[bool] = False
-    views: ClassVar[bool] = False
 
     scheme: str
     group_size: GroupSize = "auto"

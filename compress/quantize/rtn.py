@@ -23,7 +23,7 @@ from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
 from compress.core.scheme import Grid, GroupSize, Scheme, parse_scheme
 from compress.errors import NumericalError
-from compress.stage import LayerReport
+from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:
     from compress.calibrate.block import Block
@@ -56,10 +56,9 @@ class RTN:
     """The stage `rtn`."""
 
     name: ClassVar[str] = "rtn"
-    quantizes: ClassVar[bool] = True
+    role: ClassVar[Role] = "quantizer"
     two_streams: ClassVar[bool] = False
     for_inputs: ClassVar[bool] = False
-    views: ClassVar[bool] = False
 
     scheme: str
     group_size: GroupSize = "auto"

@@ -15,6 +15,7 @@ from typing import Any
 
 from compress.errors import writing
 from compress.progress import duration
+from compress.report.chart import Point, trade_off
 from compress.report.page import (
     Html,
     Number,
@@ -70,6 +71,7 @@ def render(report: Report) -> str:
             section("Size", _sizes(report)),
             *_scores(report.get("evaluation"), report.get("evaluation_note")),
             section("Gates", _gates(report.get("gates") or [])),
+            section("Bits", *_allocation(report)),
             section("Error by layer", *_errors(report)),
             section("Time", _times(report)),
             section("Run", facts(dict(_facts(report)))),
@@ -191,6 +193,32 @@ def _gates(gates: Sequence[Report]) -> Html:
     ]
     missed = [index for index, gate in enumerate(gates) if gate["met"] is False]
     return table(["gate", "limit", "measured", ""], rows, marked=missed)
+
+
+def _allocation(report: Report) -> Iterator[Html]:
+    """What an allocator saw: the trade-off, the choice it made, and the bits of each layer."""
+    found = report.get("allocation")
+    if not found:
+        return
+    scale = 1 / 1e6
+    points = [
+        Point(each["bytes"] * scale, each["predicted"], f"{each['bits']} bits throughout") for each in found["uniform"]
+    ]
+    points.append(Point(found["bytes"] * scale, found["measured"][found["taken"]], "chosen", accented=True))
+    curve = [(size * scale, cost) for size, cost in found["frontier"]]
+    yield trade_off(curve, points, "megabytes of quantized layers", "KL divergence, rounded to nearest")
+    others = [f"{name} {digits(value)}" for name, value in found["measured"].items()]
+    yield note(f"Measured as a whole before quantizing, KL divergence by {' and '.join(others)}.")
+    rows = [
+        [", ".join(unit["layers"]), Number(bits := found["bits"][unit["layers"][0]], str(bits)), *_costs(unit)]
+        for unit in found["sensitivity"]
+    ]
+    columns = ["layers", "bits", *(f"loss at {bits}" for bits in found["sensitivity"][0]["cost_by_bits"])]
+    yield fold("What each choice would lose", table(columns, rows, sortable=True))
+
+
+def _costs(unit: Report) -> list[Number]:
+    return [_number(cost, "{:.3g}") for cost in unit["cost_by_bits"].values()]
 
 
 def _number(value: float | None, form: str) -> Number:

@@ -34,7 +34,7 @@ from compress.core.affine import by_group
 from compress.core.metrics import quadratic_error, relative_error
 from compress.core.ranges import nearest
 from compress.core.scheme import Grid, Scheme
-from compress.stage import LayerReport
+from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:
     from compress.calibrate.block import Block, BlockSite
@@ -117,11 +117,10 @@ class AWQ:
     """The stage `awq`: put it before a quantizer."""
 
     name: ClassVar[str] = "awq"
-    quantizes: ClassVar[bool] = False
+    role: ClassVar[Role] = "transform"
     calibrated: ClassVar[bool] = True
     two_streams: ClassVar[bool] = False
     for_inputs: ClassVar[bool] = False
-    views: ClassVar[bool] = False
 
     scale_steps: int = 20
     """Exponents tried, from 0 in equal steps to below 1."""

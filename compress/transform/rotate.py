@@ -19,7 +19,7 @@ from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader
 from compress.models.rotated import RotatedWeights, obstacles, untied
 from compress.models.store import Weights
-from compress.stage import LayerReport
+from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:
     from compress.calibrate.block import Block
@@ -30,11 +30,10 @@ class Rotate:
     """The stage `rotate`."""
 
     name: ClassVar[str] = "rotate"
-    quantizes: ClassVar[bool] = False
+    role: ClassVar[Role] = "view"
     calibrated: ClassVar[bool] = False
     two_streams: ClassVar[bool] = False
     for_inputs: ClassVar[bool] = False
-    views: ClassVar[bool] = True
 
     r1: bool = True
     """Turn the residual stream."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from compress.core.inputs import input_scale, round_inputs
 from compress.core.ranges import nearest
 from compress.core.scheme import Scheme
-from compress.stage import LayerReport
+from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:
     from compress.calibrate.block import Block, BlockSite
@@ -67,11 +67,10 @@ class SmoothQuant:
     """The stage `smoothquant`: put it before a quantizer whose scheme rounds inputs."""
 
     name: ClassVar[str] = "smoothquant"
-    quantizes: ClassVar[bool] = False
+    role: ClassVar[Role] = "transform"
     calibrated: ClassVar[bool] = True
     two_streams: ClassVar[bool] = False
     for_inputs: ClassVar[bool] = True
-    views: ClassVar[bool] = False
 
     alpha: float | Literal["search"] = "search"
 

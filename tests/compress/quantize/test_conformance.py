@@ -28,7 +28,8 @@ def quantized(method: type, grid: Grid, tiny: Path, scratch: Path) -> tuple[Bloc
     def work(block: Block) -> None:
         reports.extend(stage.apply(block, {name: Scheme(grid) for site in block.sites for name in site.layers}))
 
-    block, _ = next(walk(model, entrance, entrance.inputs, scratch, work))
+    steps = walk(model, entrance, entrance.inputs, scratch, work, two_streams=stage.two_streams)
+    block, _ = next(steps)
     return block, reports
 
 
