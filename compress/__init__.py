@@ -16,9 +16,12 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AWQ": "compress.transform.awq",
+    "Allocate": "compress.quantize.allocate",
+    "AutoRound": "compress.quantize.autoround",
     "DataError": "compress.errors",
     "GPTQ": "compress.quantize.gptq",
     "Grid": "compress.core.scheme",
+    "HQQ": "compress.quantize.hqq",
     "ModelError": "compress.errors",
     "NetsukeError": "compress.errors",
     "OutputError": "compress.errors",
@@ -28,6 +31,7 @@ _HOME = {
     "Recipe": "compress.recipe",
     "RecipeError": "compress.errors",
     "RequestError": "compress.errors",
+    "Rotate": "compress.transform.rotate",
     "RunError": "compress.errors",
     "SmoothQuant": "compress.transform.smoothquant",
     "generate": "compress.runtime.generate",
@@ -49,12 +53,16 @@ if TYPE_CHECKING:
     from compress.pipeline import Pipeline as Pipeline
     from compress.pipeline import prepare as prepare
     from compress.pipeline import run as run
+    from compress.quantize.allocate import Allocate as Allocate
+    from compress.quantize.autoround import AutoRound as AutoRound
     from compress.quantize.gptq import GPTQ as GPTQ
+    from compress.quantize.hqq import HQQ as HQQ
     from compress.quantize.rtn import RTN as RTN
     from compress.recipe import Recipe as Recipe
     from compress.runtime.generate import generate as generate
     from compress.runtime.load import load as load
     from compress.transform.awq import AWQ as AWQ
+    from compress.transform.rotate import Rotate as Rotate
     from compress.transform.smoothquant import SmoothQuant as SmoothQuant
 
 

@@ -23,7 +23,8 @@ from compress.recipe import Calibration, Evaluation, Recipe
 
 RESULTS = Path(__file__).resolve().parents[1] / "recipes" / "RESULTS.md"
 
-RTN, GPTQ, AWQ, SmoothQuant = compress.RTN, compress.GPTQ, compress.AWQ, compress.SmoothQuant
+RTN, GPTQ, AWQ, HQQ, SmoothQuant = compress.RTN, compress.GPTQ, compress.AWQ, compress.HQQ, compress.SmoothQuant
+AutoRound, Allocate, Rotate = compress.AutoRound, compress.Allocate, compress.Rotate
 
 
 def methods(group_size: int | None) -> dict[str, list[Any]]:
@@ -50,6 +51,13 @@ def methods(group_size: int | None) -> dict[str, list[Any]]:
         "3 bits, GPTQ, importance, two sweeps": [GPTQ(**three)],
         "3 bits, the same, by GPTAQ": [GPTQ(**three, asymmetric="gptaq")],
         "3 bits, the same, made up for earlier layers": [GPTQ(**three, asymmetric=True)],
+        "3 bits, HQQ": [HQQ(**three)],
+        "3 bits, AutoRound": [AutoRound(**three)],
+        "4 bits, AutoRound": [AutoRound(**four)],
+        "3.5 bits by sensitivity, GPTQ made up for earlier layers": [
+            Allocate(3.5),
+            GPTQ("w4a16", group_size, asymmetric=True),
+        ],
     }
 
 
@@ -68,6 +76,9 @@ def schemes(group_size: int | None) -> dict[str, list[Any]]:
         "w4a8, SmoothQuant, GPTQ made up for earlier layers": [SmoothQuant(), GPTQ(**four, asymmetric=True)],
         "w4a4, RTN": [RTN(**both)],
         "w4a4, SmoothQuant, GPTQ made up for earlier layers": [SmoothQuant(), GPTQ(**both, asymmetric=True)],
+        "w4a4, rotated, RTN": [Rotate(r4=True), RTN(**both)],
+        "w4a4, rotated, GPTQ made up for earlier layers": [Rotate(r4=True), GPTQ(**both, asymmetric=True)],
+        "w4a4, rotated without R4, GPTQ made up for earlier layers": [Rotate(), GPTQ(**both, asymmetric=True)],
         "nvfp4a16, RTN, scales by the maximum": [RTN("nvfp4a16", range="minmax")],
         "nvfp4a16, RTN, scales by importance": [RTN("nvfp4a16", range="importance")],
         "mxfp4a16, RTN, scales by the maximum": [RTN("mxfp4a16", range="minmax")],
