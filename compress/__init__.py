@@ -18,6 +18,7 @@ _HOME = {
     "AWQ": "compress.transform.awq",
     "Allocate": "compress.quantize.allocate",
     "AutoRound": "compress.quantize.autoround",
+    "BiasCorrection": "compress.quantize.bias_correction",
     "DataError": "compress.errors",
     "GPTQ": "compress.quantize.gptq",
     "Grid": "compress.core.scheme",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from compress.pipeline import run as run
     from compress.quantize.allocate import Allocate as Allocate
     from compress.quantize.autoround import AutoRound as AutoRound
+    from compress.quantize.bias_correction import BiasCorrection as BiasCorrection
     from compress.quantize.gptq import GPTQ as GPTQ
     from compress.quantize.hqq import HQQ as HQQ
     from compress.quantize.rtn import RTN as RTN

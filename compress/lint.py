@@ -19,8 +19,11 @@ SIZES = (256, 128, 64, 32, 16)
 """Group sizes that engines have kernels for, offered in place of one that does not divide."""
 
 
-def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int]) -> list[str]:
-    """Stages that would change nothing, or stand where they cannot work. `owner`: layer → stage."""
+def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], biased: bool) -> list[str]:
+    """Stages that would change nothing, or stand where they cannot work.
+
+    `owner`: layer → stage. `biased`: whether any of these layers has a bias.
+    """
     problems = []
     quantizers = [index for index, stage in enumerate(recipe.stages) if stage.role == "quantizer"]
     for index, stage in enumerate(recipe.stages):
@@ -28,6 +31,12 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int]) -> list[s
         if stage.role == "quantizer":
             if index not in owner.values():
                 problems.append(f"{where}: stages[{index}].{stage.name} would change nothing: no layer is left for it")
+            continue
+        if stage.role == "corrector":
+            if any(later > index for later in quantizers) or not quantizers:
+                problems.append(f"{where}: {stage.name} makes up for what quantizers lost; put it after all of them")
+            if not biased:
+                problems.append(f"{where}: {stage.name} would change nothing: no quantized layer has a bias")
             continue
         if stage.role == "allocator" and stage is not recipe.allocator:
             problems.append(f"{where}: one {stage.name} decides for all layers; leave out the second")
@@ -48,8 +57,9 @@ def view(recipe: Recipe, problems: Sequence[str], form: Format) -> list[str]:
     """What speaks against changing the model as a whole: the stage's own `problems`, and what cannot be stored."""
     where = recipe.where("stages", 0, recipe.view.name)
     found = [f"{where}: {problem}" for problem in problems]
-    if recipe.view.online and not form.packs:
-        found.append(f"{where}: an ordinary folder cannot say that inputs are rotated. Set r4: false")
+    if recipe.view.online and form.name != "compressed-tensors":
+        folder = "a folder of bitsandbytes" if form.packs else "an ordinary folder"
+        found.append(f"{where}: {folder} cannot say that inputs are rotated. Set r4: false")
     return found
 
 

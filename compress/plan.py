@@ -202,7 +202,7 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
     shapes = {
         layer.name: _shape(tensors[f"{layer.name}.weight"], anatomy) for layer in candidates if layer.name in schemes
     }
-    problems += lint.stages(recipe, anatomy, owner)
+    problems += lint.stages(recipe, anatomy, owner, any(f"{name}.bias" in tensors for name in owner))
     problems += lint.groups(recipe, owner, schemes, shapes)
     units: list[Unit] = []
     if recipe.allocator and not problems:

@@ -161,7 +161,7 @@ def describe(path: Path) -> str:
 
 def stage_table() -> dict[str, type]:
     """Every stage a recipe may name. Only this needs torch."""
-    from compress.quantize import ALLOCATORS, METHODS
+    from compress.quantize import ALLOCATORS, CORRECTORS, METHODS
     from compress.transform import TRANSFORMS
 
-    return {**TRANSFORMS, **ALLOCATORS, **METHODS}
+    return {**TRANSFORMS, **ALLOCATORS, **METHODS, **CORRECTORS}

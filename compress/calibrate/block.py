@@ -107,6 +107,9 @@ class Block:
             stored = self.model.module.get_parameter(tensor).detach()
         return stored.t().contiguous() if self.model.anatomy.transposed else stored
 
+    def has_bias(self, name: str) -> bool:
+        return f"{name}.bias" in self.model.weights
+
     def scale_dtype(self, name: str) -> torch.dtype:
         """The dtype a layer's scales are stored in: that of its weight."""
         return self.model.weights.dtype(f"{name}.weight")
@@ -165,6 +168,12 @@ class Block:
         """Replace a layer's weight by another full-precision one."""
         self.rewritten[f"{name}.weight"] = weight
         self._set_weight(name, weight.to(self.model.dtype))
+
+    def shift_bias(self, name: str, shift: Float[Tensor, " out"]) -> None:
+        """Add to a layer's bias."""
+        bias = f"{name}.bias"
+        self._rewrite_vector(bias, (self._vector(bias) + shift).to(self.model.weights.dtype(bias)).float())
+        self._changed(name)
 
     def tie(self, site: BlockSite, scale: Float[Tensor, "in"]) -> Float[Tensor, "in"]:
         """The nearest scale that the site's source can carry: under grouped-query attention several inputs of the
@@ -339,11 +348,15 @@ class Block:
         for index in [index for index in self._moments if index >= first]:
             del self._moments[index]
 
-    def _set_weight(self, name: str, weight: Tensor) -> None:
+    def _changed(self, name: str) -> None:
+        """Forget what depended on a layer's output."""
         site = next(site for site in self.sites if name in site.layers)
         self._forget(site.index + 1)
         if site.index in self._sublayers:
             self._sublayers[site.index].changed()
+
+    def _set_weight(self, name: str, weight: Tensor) -> None:
+        self._changed(name)
         stored = weight.t().contiguous() if self.model.anatomy.transposed else weight
         self.model.set_parameter(f"{name}.weight", stored)
 

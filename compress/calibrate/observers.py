@@ -31,6 +31,8 @@ class Moments:
 
     hessian: Float[Tensor, "in in"]
     """E[x xᵀ], float64 below 8192 inputs, float32 from there on."""
+    mean: Float[Tensor, "in"]
+    """E[x], in the dtype of `hessian`."""
     num_tokens: int
     """Tokens the expectations are taken over."""
     num_dropped: int = 0
@@ -47,6 +49,7 @@ class MomentsObserver:
     def __init__(self, in_features: int, largest: bool = False, cross: bool = False) -> None:
         dtype = torch.float64 if in_features < FLOAT64_BELOW else torch.float32
         self._gram = torch.zeros(in_features, in_features, dtype=dtype)
+        self._sum = torch.zeros(in_features, dtype=dtype)
         self._cross = torch.zeros_like(self._gram) if cross else None
         self._largest = torch.zeros(in_features) if largest else None
         self._num_tokens = 0
@@ -65,6 +68,7 @@ class MomentsObserver:
             self._num_dropped += int((~finite).sum())
             x, y = x[finite], None if y is None else y[finite]
         self._gram = self._gram.to(x.device)
+        self._sum = self._sum.to(x.device).add_(x.sum(dim=0))
         with _quick_products(inputs.dtype):
             for a in range(0, n, PANEL):
                 self._gram[a : a + PANEL, a:] += x[:, a : a + PANEL].T @ x[:, a:]
@@ -97,7 +101,8 @@ class MomentsObserver:
                 f"{name}: the inputs' mean energy is {trace:g} over {self._num_tokens} calibration tokens"
             )
         cross = None if self._cross is None else self._cross.div_(self._num_tokens)
-        return Moments(hessian, self._num_tokens, self._num_dropped, self._largest, cross)
+        mean = self._sum.div_(self._num_tokens)
+        return Moments(hessian, mean, self._num_tokens, self._num_dropped, self._largest, cross)
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 """Weight quantization: floats onto integer grids. One file per method.
 
-`METHODS` is the table of contents: the name a recipe uses, and the stage behind it. `ALLOCATORS` decide their bits.
+`METHODS` is the table of contents: the name a recipe uses, and the stage behind it. `ALLOCATORS` decide their bits,
+`CORRECTORS` come after them.
 """
 
 from __future__ import annotations
 
 from compress.quantize.allocate import Allocate
 from compress.quantize.autoround import AutoRound
+from compress.quantize.bias_correction import BiasCorrection
 from compress.quantize.gptq import GPTQ
 from compress.quantize.hqq import HQQ
 from compress.quantize.rtn import RTN
 
 ALLOCATORS = {Allocate.name: Allocate}
+CORRECTORS = {BiasCorrection.name: BiasCorrection}
 METHODS = {method.name: method for method in (GPTQ, HQQ, RTN, AutoRound)}

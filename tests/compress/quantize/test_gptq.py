@@ -241,7 +241,7 @@ class Bench:
 
     def moments(self, site: object, inputs: Grid | None, *, cross: bool = False) -> object:
         self.observed.append(site)
-        return Moments(correlated(), num_tokens=100)
+        return Moments(correlated(), correlated()[0], num_tokens=100)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -281,7 +281,7 @@ def test_the_report_says_when_more_damping_was_needed() -> None:
     bench = Bench()
     H = torch.eye(64, dtype=torch.float64)
     H[0, 1] = H[1, 0] = 1.05
-    bench.moments = lambda site, inputs, cross: Moments(H, num_tokens=100)
+    bench.moments = lambda site, inputs, cross: Moments(H, H[0], num_tokens=100)
     (report,) = GPTQ("w4a16").apply(bench, {"o": Scheme(Grid(4))})
     assert report.fallback.startswith("damping 0.1, not 0.01")
 
@@ -314,7 +314,7 @@ def test_act_order_may_be_yes_or_no(given: bool | str, meant: str) -> None:
 
 def test_the_report_says_how_many_tokens_were_left_out() -> None:
     bench = Bench()
-    bench.moments = lambda site, inputs, cross: Moments(correlated(), num_tokens=90, num_dropped=10)
+    bench.moments = lambda site, inputs, cross: Moments(correlated(), correlated()[0], num_tokens=90, num_dropped=10)
     (report,) = GPTQ("w4a16").apply(bench, {"o": Scheme(Grid(4))})
     assert report.fallback == "10 of 100 calibration tokens were not finite and left out"
 
@@ -328,7 +328,7 @@ def test_only_the_asymmetric_stage_needs_the_original_stream(given: bool | Targe
 def test_the_asymmetric_stage_aims_at_the_original_output(given: bool | Target, target: Target) -> None:
     bench, H = Bench(), correlated()
     G = (0.8 * H).roll(1, dims=0)
-    bench.moments = lambda site, inputs, cross: Moments(H, num_tokens=100, cross=G if cross else None)
+    bench.moments = lambda site, inputs, cross: Moments(H, H[0], num_tokens=100, cross=G if cross else None)
     GPTQ("w3a16", None, sweeps=0, asymmetric=given, share=0.2).apply(bench, {"o": Scheme(Grid(3))})
     settings = {"scale_dtype": torch.bfloat16, "sweeps": 0, "cross": G, "target": target, "share": 0.2}
     assert bench.done["o"] == solve(weight(4), H, Grid(3), **settings).tensor
@@ -339,7 +339,7 @@ def test_the_report_says_which_layer_was_held_back_and_how_much() -> None:
     G = H.clone()
     G[0, 0] = 2
     bench.weights["k"][:, 1:] *= 1e-3
-    bench.moments = lambda site, inputs, cross: Moments(H, num_tokens=100, cross=G)
+    bench.moments = lambda site, inputs, cross: Moments(H, H[0], num_tokens=100, cross=G)
     q, k = GPTQ("w4a16", asymmetric=True).apply(bench, dict.fromkeys("qk", Scheme(Grid(4))))
     assert k.fallback == "8 channels held to 0.3 of their norm, not 0.50"
     assert q.fallback is None

@@ -114,7 +114,7 @@ class Bench:
         return self.weights[name].clone()
 
     def moments(self, site: object) -> Moments:
-        return Moments(hessian(), 2000)
+        return Moments(hessian(), hessian()[0], 2000)
 
     def scale_dtype(self, name: str) -> torch.dtype:
         return torch.float32
