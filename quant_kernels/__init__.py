@@ -8,7 +8,7 @@ This package is a leaf: it needs torch, and Triton for its GPU kernels, and know
 
 from __future__ import annotations
 
-from quant_kernels.dispatch import KERNELS, Backend, choose, dequantize, linear, pack
+from quant_kernels.dispatch import KERNELS, Backend, choose, dequantize, linear, pack, rounds_inputs
 from quant_kernels.layout import Packed
 
-__all__ = ["KERNELS", "Backend", "Packed", "choose", "dequantize", "linear", "pack"]
+__all__ = ["KERNELS", "Backend", "Packed", "choose", "dequantize", "linear", "pack", "rounds_inputs"]

@@ -14,8 +14,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-from quant_kernels import cpu, gpu, native, reference
-from quant_kernels.layout import LinearSpec, Packed, check
+from quant_kernels import cpu, gpu, gpu_rounded, native, reference
+from quant_kernels.layout import Levels, LinearSpec, Packed, check
 from quant_kernels.reference import DequantizeRows
 
 Objection = Callable[[LinearSpec], str | None]
@@ -51,6 +51,10 @@ class Kernel:
     dequantize_rows: DequantizeRows
     routes: tuple[Route, ...]
     """For few tokens first; the last takes any number."""
+    levels: tuple[Levels, ...] = ("int",)
+    """Of the weights it takes."""
+    inputs: Levels | None = None
+    """What it rounds its inputs to; None: it takes them as they are."""
 
     @property
     def summary(self) -> str:
@@ -75,11 +79,24 @@ BF16 = (torch.bfloat16,)
 HALF = (torch.float16, torch.bfloat16)
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("gpu_int2", ("cuda",), HALF, gpu.int2_objection, gpu.pack_int2, gpu.dequantize_int2_rows, (
-        Route(inf, "our Triton kernel on 2-bit weights", gpu.linear_int2),
-    )),
+    Kernel("gpu_w8a8", ("cuda",), HALF, gpu_rounded.w8a8_objection, gpu_rounded.pack_w8a8,
+           gpu_rounded.dequantize_byte_rows, (
+        Route(inf, "inputs to int8, then our Triton kernel on the integer units", gpu_rounded.linear_w8a8),
+    ), inputs="int"),
+    Kernel("gpu_w4a8", ("cuda",), HALF, gpu_rounded.w4a8_objection, gpu_rounded.pack_w4a8,
+           gpu_rounded.dequantize_w4a8_rows, (
+        Route(inf, "inputs to int8, then our Triton kernel on the integer units", gpu_rounded.linear_w4a8),
+    ), inputs="int"),
+    Kernel("gpu_fp8", ("cuda",), HALF, gpu_rounded.fp8_objection, gpu_rounded.pack_fp8,
+           gpu_rounded.dequantize_byte_rows, (
+        Route(inf, "inputs to FP8, then our Triton kernel on the FP8 units", gpu_rounded.linear_fp8),
+    ), levels=("fp8",), inputs="fp8"),
+    Kernel("gpu_fp8_weights", ("cuda",), HALF, gpu_rounded.fp8_weights_objection, gpu_rounded.pack_fp8_weights,
+           gpu_rounded.dequantize_fp8_word_rows, (
+        Route(inf, "our Triton kernel on FP8 weights", gpu_rounded.linear_fp8_weights),
+    ), levels=("fp8",)),
     Kernel("gpu_int4", ("cuda",), HALF, gpu.int4_objection, gpu.pack_int4, gpu.dequantize_int4_rows, (
-        Route(gpu.MOST_TOKENS, "our Triton kernel on 4-bit words", gpu.linear_int4),
+        Route(gpu.MOST_TOKENS, "our Triton kernel on words of 2, 3 or 4 bits", gpu.linear_int4),
         Route(inf, "dequantized once, then torch's matrix product", gpu.linear_int4_dense),
     )),
     Kernel("gpu_int8", ("cuda",), HALF, gpu.int8_objection, gpu.pack_int8, gpu.dequantize_int8_rows, (
@@ -98,7 +115,7 @@ KERNELS: tuple[Kernel, ...] = (
     )),
     Kernel("reference", (), (), reference.objection, reference.pack, reference.dequantize_rows, (
         Route(inf, "dequantizes a chunk of rows at a time, then torch's matrix product", reference.linear_reference),
-    )),
+    ), levels=("int", "fp8")),
 )  # fmt: skip
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
@@ -119,12 +136,18 @@ def choose(
     device: str,
     in_features: int,
     out_features: int,
+    levels: Levels = "int",
+    inputs: Levels | None = None,
 ) -> Backend:
-    """The kernel for a layer: `bits` and `group_size` of its weight, `dtype` of its activations."""
-    spec = LinearSpec(bits, group_size, symmetric, dtype, torch.device(device).type, in_features, out_features)
+    """The kernel for a layer: `bits`, `group_size` and `levels` of its weight, `dtype` of its activations and what
+    they are rounded to."""
+    kind = torch.device(device).type
+    spec = LinearSpec(bits, group_size, symmetric, dtype, kind, in_features, out_features, levels, inputs)
     objections: list[str] = []
     for kernel in KERNELS:
         if kernel.devices and spec.device not in kernel.devices:
+            continue
+        if spec.levels not in kernel.levels or kernel.inputs not in (None, spec.inputs):
             continue
         objection = kernel.objection(spec) or _dtype_objection(kernel, spec.dtype)
         if objection is None:
@@ -141,20 +164,28 @@ def pack(
     bits: int,
     dtype: torch.dtype,
     device: str = "cpu",
+    inputs: Levels | None = None,
 ) -> Packed:
     """A weight in the layout of the kernel chosen for it, on `device`.
 
     codes: int8 [out, in], signed, or levels of a float format in float8_e4m3fn; scale: float [out, groups];
-    zero_point: int8 [out, groups] or None for a symmetric weight; dtype: of the activations to come. Raises
-    ValueError where these are not a weight.
+    zero_point: int8 [out, groups] or None for a symmetric weight; dtype: of the activations to come; inputs: what
+    these are to be rounded to, which a kernel may do itself (`rounds_inputs`). Raises ValueError where these are not a
+    weight.
     """
     check(codes, scale, zero_point, bits)
-    if codes.dtype == torch.float8_e4m3fn:  # only the reference has them yet, a byte each
-        return reference.pack(codes.to(device), scale.to(device), None, bits=8)
+    levels: Levels = "fp8" if codes.dtype == torch.float8_e4m3fn else "int"
+    bits = 8 if levels == "fp8" else bits  # whatever floats they are, each takes a byte
     rows, columns = codes.shape
-    backend = choose(bits, columns // scale.shape[1], zero_point is None, dtype, device, columns, rows)
+    group_size = columns // scale.shape[1]
+    backend = choose(bits, group_size, zero_point is None, dtype, device, columns, rows, levels, inputs)
     moved = None if zero_point is None else zero_point.to(device)
     return _BY_NAME[backend.name].pack(codes.to(device), scale.to(device), moved, bits)
+
+
+def rounds_inputs(packed: Packed) -> bool:
+    """Whether this weight's kernel rounds activations itself; all others take what the caller has rounded."""
+    return _BY_NAME[packed.kernel].inputs is not None
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:

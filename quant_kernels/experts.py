@@ -4,40 +4,41 @@
 
 experts: int32 or int64 [tokens, top_k], which expert the i-th of a token is; tokens · top_k *pairs*. x: float16 or
 bfloat16 [tokens, inputs], one row for all pairs of a token; or [tokens · top_k, inputs], where each pair has its own,
-as between two layers of an expert. words, scale, zero, bias: of `quant_kernels.w4a16`, with a leading axis of experts.
+as between two layers of an expert. words, scale, zero, bias: of `quant_kernels.wna16`, with a leading axis of experts.
 routing_weights: float32 [tokens, top_k], 1 if not given. y: [tokens, top_k, outputs], in the type of x, or with
 `combine` [tokens, outputs], its sum over top_k, again rounded to that type. An expert that does not exist, as one that
 is kept elsewhere, gives zeros.
 
 Pairs are sorted by expert, on the device, and cut into tiles of at most BLOCK_M pairs of one expert. How many tiles
 there will be is known only there, so as many blocks start as there can be at most, and those without a tile end at
-once. Weights of experts without tokens are not read. A tile is computed as in `w4a16`, in `quant_kernels.packed_dot`.
+once. Weights of experts without tokens are not read. A tile is computed as in `wna16`, in `quant_kernels.packed_dot`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import repeat
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant_kernels import library, w4a16
+from quant_kernels import library, wna16
 from quant_kernels.arguments import FLOATS, expect
+from quant_kernels.dequantize_words import check_weight
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.packed_dot import packed_dot
 from quant_kernels.split_k import share, sum_splits
 from quant_kernels.tuning import Config, tabled
-from quant_kernels.w4a16 import FEW, MANY, MANY_AMPERE, MORE, PREFILL, SOME
-from quant_kernels.words import TILE_WORDS, word_offsets
+from quant_kernels.words import TILE_WORDS
 
 
 def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """`words`, `scale` and `zero` of signed codes -8 … 7 [experts, outputs, inputs], scale and zero_point [experts,
-    outputs, groups], each expert's as `w4a16.pack` makes them."""
+    outputs, groups], each expert's as `wna16.pack` makes them."""
     zero_points = [None] * len(codes) if zero_point is None else zero_point
-    words, scales, zeros = zip(*map(w4a16.pack, codes, scale, zero_points), strict=True)
+    words, scales, zeros = zip(*map(wna16.pack, codes, scale, zero_points, repeat(4)), strict=True)
     return torch.stack(words), torch.stack(scales), None if zero_point is None else torch.stack(zeros)
 
 
@@ -78,7 +79,7 @@ def w4a16_experts_reference(
     for expert in range(len(words)):
         of_expert = [None if each is None else each[expert] for each in (zero, bias)]
         chosen = experts.flatten() == expert
-        y[chosen] = w4a16.w4a16_reference(rows[chosen], words[expert], scale[expert], *of_expert)
+        y[chosen] = wna16.wna16_reference(rows[chosen], words[expert], scale[expert], 4, *of_expert)
     if routing_weights is not None:
         y *= routing_weights.view(-1, 1)
     y = y.view(tokens, top_k, -1).to(x.dtype)
@@ -92,7 +93,7 @@ def _w4a16_experts_kernel(  # type: ignore[no-untyped-def]
     ASM: tl.constexpr, INTERP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     SWAP: tl.constexpr,
 ):  # fmt: skip
-    """experts: how many there are. Else as in `_w4a16_kernel`."""
+    """experts: how many there are. Else as in `_wna16_kernel`."""
     DTYPE: tl.constexpr = tl.float32 if INTERP else x.dtype.element_ty
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -118,10 +119,10 @@ def _w4a16_experts_kernel(  # type: ignore[no-untyped-def]
     last = tl.minimum(first + steps, tl.cdiv(K, 128))
     pair = tl.load(order + tl.minimum(place, end - 1))
     x_at = x + (pair // pairs_per_row).to(tl.int64)[:, None] * K + tl.arange(0, 32)[None, :]
-    words_at = words + expert * tl.cdiv(N, 64) * tl.cdiv(K, 128) * TILE_WORDS + word_offsets(read_outputs, K)
-    scales = expert * (K // GROUP if GROUP > 0 else 1) * N + read_outputs
+    words += expert * tl.cdiv(N, 64) * tl.cdiv(K, 128) * TILE_WORDS
+    scales = expert * (K // GROUP if GROUP > 0 else 1) * N
     total = packed_dot(
-        x_at, words_at, scale + scales, zero + scales if ZERO else zero, first, last, N, K,
+        x_at, words, read_outputs, scale + scales, zero + scales if ZERO else zero, first, last, N, K,
         4, GROUP, ZERO, EVEN_K, ASM, DTYPE, BLOCK_M, BLOCK_N, SWAP,
     )  # fmt: skip
     # Once more, so that it need not be kept in registers during the loop.
@@ -173,7 +174,7 @@ def configuration(
     found = tabled("w4a16_experts", device, outputs, inputs, group_size, tokens)
     if found is not None:
         return found
-    config = w4a16.configuration(tokens, min(pairs, num_experts) * outputs, inputs, group_size, device)
+    config = wna16.configuration(tokens, min(pairs, num_experts) * outputs, inputs, group_size, 4, device)
     return config if config.block_m < 128 else replace(config, split_k=1)
 
 
@@ -188,7 +189,7 @@ def _check(
     if not num_experts:
         raise ValueError("scale has no experts. It needs one or more")
     expect("x", x, FLOATS if library.INTERPRETED else FLOATS[:2], [None, None], x.device)
-    group_size = w4a16.check_weight(words[0], scale[0], None, x.shape[1], x.device)
+    group_size = check_weight(words[0], scale[0], None, x.shape[1], 4, x.device)
     if zero is not None:
         expect("zero", zero, FLOATS, [num_experts, groups, outputs], x.device)
     if bias is not None:
@@ -214,7 +215,7 @@ library.register(
 
 
 RECORDED: dict[tuple[int, int, bool], tuple[float, ...]] = {
-    # (capability, group size, zero): instructions per weight of FEW, SOME, MORE, MANY and PREFILL
+    # (capability, group size, zero): instructions per weight of what `wna16` ships for 4 bits, in its order
     (90, 128, False): (1.95, 2.93, 2.88, 3.0, 3.11),
     (90, 64, False): (2.27, 3.01, 3.03, 3.18, 3.2),
     (90, 32, False): (2.98, 3.18, 3.22, 3.37, 3.32),
@@ -244,8 +245,7 @@ def gates() -> tuple[Gate, ...]:
     numbers = dict.fromkeys(("experts", "pairs_per_row", "N", "K"), "i32")
     made = []
     for (capability, group_size, zero), recorded in RECORDED.items():
-        shipped = (FEW, SOME, MORE, MANY, PREFILL) if capability == 90 else (FEW, SOME, MORE, MANY_AMPERE)
-        for config, instructions in zip(shipped, recorded, strict=True):
+        for config, instructions in zip(wna16.shipped(4, capability == 90).values(), recorded, strict=True):
             constants = {
                 "GROUP": group_size, "ZERO": zero, "BIAS": True, "WEIGHTED": True, "EVEN_K": True, "ASM": True,
                 "INTERP": False, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": config.block_m < 128,
@@ -257,6 +257,6 @@ def gates() -> tuple[Gate, ...]:
             )  # fmt: skip
             name = f"w4a16_experts{'_zero' * zero} g{group_size} {config.block_m}x{config.block_n}"
             opcode = "HGMMA" if capability == 90 and config.block_m > 16 else "HMMA"
-            representative = capability == 90 and group_size == 128 and not zero and config in (FEW, MORE)
+            representative = capability == 90 and group_size == 128 and not zero and config.block_m in (16, 64)
             made.append(Gate(name, variant, capability, opcode, instructions, representative))
     return tuple(made)

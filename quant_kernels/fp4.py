@@ -8,7 +8,7 @@ packs them; how many rows scale has tells which. bias: any float. All contiguous
 and rounded once, to the type of x.
 
 Each weight is scaled before it is multiplied: one instruction for two, without a rounding, as scales have few bits. To
-scale sums instead, as `quant_kernels.w4a16` does, would save nothing: bfloat16 codes come in as subnormal numbers, and
+scale sums instead, as `quant_kernels.wna16` does, would save nothing: bfloat16 codes come in as subnormal numbers, and
 need a multiplication anyway. Weights are the left operand (`swap`), which Hopper takes from registers; for few tokens
 either order takes as many instructions.
 """

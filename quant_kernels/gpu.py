@@ -1,8 +1,8 @@
 """Quantized linear layers on a GPU, with this package's own Triton kernels.
 
-`gpu_int2`, codes of 2 bits: the operator of `w2a16`. `gpu_int4`, of 3 and 4 bits: that of `w4a16`. `gpu_int8`, of 5 to
-8 bits: that of `w8a16`. All take groups of 32 or 64 columns, of a multiple of 128, or one scale per row, symmetric or
-with zero points, any number of rows, float16 or bfloat16 activations.
+`gpu_int4`, codes of 2, 3 or 4 bits, each in as many bits: the operator of `wna16`. `gpu_int8`, of 5 to 8 bits: that of
+`w8a16`. Both take groups of 32 or 64 columns, of a multiple of 128, or one scale per row, symmetric or with zero
+points, any number of rows, float16 or bfloat16 activations.
 
 Triton is imported when a layer is first packed: a machine without a GPU needs no Triton.
 """
@@ -24,41 +24,25 @@ CAPABILITY = (8, 0)
 """The oldest NVIDIA GPUs with the matrix instructions that the kernels are compiled to: Ampere."""
 
 
-def int2_objection(spec: LinearSpec) -> str | None:
-    """Why `gpu_int2` cannot run this layer; None where it can."""
-    if spec.bits > 2:
-        return f"holds codes of 2 bits, not {spec.bits}"
-    return _group_objection(spec) or _machine_objection()
-
-
 def int4_objection(spec: LinearSpec) -> str | None:
     """Why `gpu_int4` cannot run this layer; None where it can."""
     if spec.bits > 4:
         return f"holds codes of up to 4 bits, not {spec.bits}"
-    return _group_objection(spec) or _machine_objection()
+    return _group_objection(spec) or machine_objection()
 
 
 def int8_objection(spec: LinearSpec) -> str | None:
     """Why `gpu_int8` cannot run this layer; None where it can."""
     if spec.bits <= 4:
         return f"would spend a byte on each code of {spec.bits} bits"
-    return _group_objection(spec) or _machine_objection()
-
-
-def pack_int2(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Packed:
-    """codes: words as in `quant_kernels.two_bit_words`; scale, zero_point: [groups, out], zeros of the stored codes."""
-    from quant_kernels import w2a16
-
-    words, scales, zeros = w2a16.pack(codes, scale, zero_point)
-    rows, columns = codes.shape
-    return Packed("gpu_int2", bits, rows, columns, words, scales, zeros)
+    return _group_objection(spec) or machine_objection()
 
 
 def pack_int4(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Packed:
-    """codes: int16 words as in `quant_kernels.words`; scale, zero_point: [groups, out], zeros of the stored codes."""
-    from quant_kernels import w4a16
+    """codes: words as in `quant_kernels.packed_codes`; scale, zero_point: [groups, out], zeros of the stored codes."""
+    from quant_kernels import wna16
 
-    words, scales, zeros = w4a16.pack(codes, scale, zero_point)
+    words, scales, zeros = wna16.pack(codes, scale, zero_point, bits)
     rows, columns = codes.shape
     return Packed("gpu_int4", bits, rows, columns, words, scales, zeros)
 
@@ -72,18 +56,11 @@ def pack_int8(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int
     return Packed("gpu_int8", bits, rows, columns, weight, scales, zeros)
 
 
-def linear_int2(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """x [tokens, in] → [tokens, out], both float16 or both bfloat16."""
-    from quant_kernels import w2a16  # noqa: F401  (registers the operator)
-
-    return torch.ops.netsuke.w2a16(x, packed.codes, packed.scale, packed.zero_point, bias)
-
-
 def linear_int4(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [tokens, in] → [tokens, out], both float16 or both bfloat16."""
-    from quant_kernels import w4a16  # noqa: F401  (registers the operator)
+    from quant_kernels import wna16  # noqa: F401  (registers the operator)
 
-    return torch.ops.netsuke.w4a16(x, packed.codes, packed.scale, packed.zero_point, bias)
+    return torch.ops.netsuke.wna16(x, packed.codes, packed.scale, packed.bits, packed.zero_point, bias)
 
 
 def linear_int8(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -98,43 +75,28 @@ def linear_int4_dense(x: Tensor, packed: Packed, bias: Tensor | None = None) -> 
     from quant_kernels import dequantize_words  # noqa: F401
 
     weight = torch.ops.netsuke.dequantize_words(
-        packed.codes, packed.scale, packed.zero_point, packed.in_features, x.dtype
+        packed.codes, packed.scale, packed.zero_point, packed.in_features, packed.bits, x.dtype
     )
     return F.linear(x, weight, bias)
 
 
-def dequantize_int2_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def dequantize_int4_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Rows `start` to `stop` of the weight, the first a multiple of 64."""
-    from quant_kernels.two_bit_words import SIGNED_ZERO, unpack_two_bits
+    from quant_kernels.dequantize_words import dequantize_words_reference
     from quant_kernels.words import TILE_ROWS
 
     words = packed.codes[start // TILE_ROWS : -(-stop // TILE_ROWS)]
-    codes = unpack_two_bits(words, stop - start, packed.in_features)
-    return _scaled(codes, packed, SIGNED_ZERO, start, stop, dtype)
-
-
-def dequantize_int4_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows `start` to `stop` of the weight, the first a multiple of 64."""
-    from quant_kernels.words import SIGNED_ZERO, TILE_ROWS, unpack_words
-
-    words = packed.codes[start // TILE_ROWS : -(-stop // TILE_ROWS)]
-    codes = unpack_words(words, stop - start, packed.in_features)
-    return _scaled(codes, packed, SIGNED_ZERO, start, stop, dtype)
+    zero = None if packed.zero_point is None else packed.zero_point[:, start:stop]
+    return dequantize_words_reference(words, packed.scale[:, start:stop], zero, packed.in_features, packed.bits, dtype)
 
 
 def dequantize_int8_rows(packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Rows `start` to `stop` of the weight."""
     from quant_kernels.w8a16 import unpack
 
-    return _scaled(unpack(packed.codes[start:stop], packed.in_features), packed, 0, start, stop, dtype)
-
-
-def _scaled(codes: Tensor, packed: Packed, middle: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Codes of some rows, less their zero points, or `middle` where there are none, times their scales."""
-    grouped = codes.to(torch.float32).view(stop - start, packed.scale.shape[0], -1)
-    if packed.zero_point is None:
-        grouped -= middle
-    else:
+    codes = unpack(packed.codes[start:stop], packed.in_features).to(torch.float32)
+    grouped = codes.view(stop - start, packed.scale.shape[0], -1)
+    if packed.zero_point is not None:
         grouped -= packed.zero_point[:, start:stop].T.to(torch.float32).unsqueeze(-1)
     scale = packed.scale[:, start:stop].T.to(torch.float32)
     return grouped.mul_(scale.unsqueeze(-1)).view(stop - start, -1).to(dtype)
@@ -147,7 +109,7 @@ def _group_objection(spec: LinearSpec) -> str | None:
     return f"needs groups of 32, 64 or a multiple of 128 columns, or one scale per row, not {group}"
 
 
-def _machine_objection() -> str | None:
+def machine_objection() -> str | None:
     """Why Triton kernels would not run on this machine's GPU."""
     if find_spec("triton") is None:
         return "needs Triton, which is not installed: pip install netsuke[gpu]"

@@ -9,10 +9,14 @@ code of four bits or fewer. What a kernel must know to accept a layer is a `Line
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Levels = Literal["int", "fp8"]
+"""Whole numbers, or those of float8_e4m3fn."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,10 @@ class LinearSpec:
     """Type of the device, `cpu` or `cuda`."""
     in_features: int
     out_features: int
+    levels: Levels = "int"
+    """Of the weight."""
+    inputs: Levels | None = None
+    """What activations are to be rounded to, 8 bits with a scale for each token; None: not at all, or by the caller."""
 
     @property
     def columns_per_scale(self) -> int:

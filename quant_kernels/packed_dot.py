@@ -1,7 +1,7 @@
 """The inner loop of kernels that multiply 16-bit activations with packed weights: a block of y = x · weightᵀ.
 
-Weights are words of `quant_kernels.words` (4 bits) or `quant_kernels.two_bit_words`. In one round a tile of words is
-unpacked to planes of 32 inputs, floats code + offset, and each plane is multiplied with the activations it belongs to.
+Weights are words of `quant_kernels.packed_codes`. In one round a tile of words is unpacked to planes of 32 inputs,
+floats code + offset, and each plane is multiplied with the activations it belongs to.
 
 Two forms. For few tokens, where there are fewer products than weights, products with code + offset are summed over a
 group, shifted and scaled in float32: nothing is done per weight but to unpack it. The shift, (offset + zero) times the
@@ -17,19 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_kernels.two_bit_words import two_bit_offset, unpack_two_bit_planes
-from quant_kernels.words import TILE_WORDS, code_offset, unpack_planes
-
-
-@triton.constexpr_function
-def _offset(plane: int, dtype: tl.dtype, bits: int) -> int:
-    """What unpacking adds to the codes of a plane."""
-    return two_bit_offset(plane, dtype) if bits == 2 else code_offset(dtype)
+from quant_kernels.packed_codes import code_addresses, load_planes, plane_offset, tile_columns
 
 
 @triton.jit
 def dequantize_plane(plane, s, z, DTYPE: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """plane, code + OFFSET [outputs, 32] → code - zero, times the scale if `SCALE`. s, z: float32 [outputs]."""
+    """plane, code + OFFSET [outputs, 32] → code - zero, times the scale if `SCALE`. s, z: float32 [outputs]. Without
+    `ZERO` the zero is part of OFFSET."""
     if ZERO:
         whole = tl.floor(z + 0.5)
         shifted = plane - (whole + OFFSET).to(DTYPE)[:, None]
@@ -38,7 +32,7 @@ def dequantize_plane(plane, s, z, DTYPE: tl.constexpr, OFFSET: tl.constexpr, SCA
         else:
             weight = shifted + (whole - z).to(DTYPE)[:, None]
     else:
-        weight = plane - (OFFSET + 8)
+        weight = plane - OFFSET
         if SCALE:
             weight = weight * s.to(DTYPE)[:, None]
     return weight
@@ -46,22 +40,20 @@ def dequantize_plane(plane, s, z, DTYPE: tl.constexpr, OFFSET: tl.constexpr, SCA
 
 @triton.jit
 def packed_dot(  # type: ignore[no-untyped-def]
-    x_at, words_at, scale, zero, first, last, N, K,
+    x_at, words, outputs, scale, zero, first, last, N, K,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N], or transposed if `SWAP`: float32 sums over the tiles of words from `first` up to `last`, of
     which there must be one at least.
 
-    x_at: addresses [BLOCK_M, 32] of the activations of the first 32 inputs. words_at: those [BLOCK_N, 32] of words in
-    the first tile. scale, zero: addresses [BLOCK_N] of those of the first group; the next one's are N further. zero is
-    not read unless `ZERO`. GROUP: inputs that share a scale, 0: all. EVEN_K: K is a multiple of the inputs of a tile.
-    DTYPE: of what is multiplied.
+    x_at: addresses [BLOCK_M, 32] of the activations of the first 32 inputs. words, scale, zero: addresses of the whole
+    weight's. outputs [BLOCK_N]: which of its N. zero is not read unless `ZERO`. GROUP: inputs that share a scale, 0:
+    all. EVEN_K: K is a multiple of the inputs of a tile. DTYPE: of what is multiplied.
     """
-    PLANES: tl.constexpr = 16 // BITS
-    TILE: tl.constexpr = 32 * PLANES
+    TILE: tl.constexpr = tile_columns(BITS)
+    PLANES: tl.constexpr = TILE // 32
     MIDDLE: tl.constexpr = 0 if ZERO else 1 << (BITS - 1)
-    LESS: tl.constexpr = 0 if ZERO else MIDDLE - 8
     SHARING: tl.constexpr = PLANES if GROUP % TILE == 0 else (4 if GROUP % 128 == 0 else GROUP // 32)  # planes, a scale
     # Whether the tiles of a group, or the groups of a tile, are whole.
     NESTED: tl.constexpr = EVEN_K and GROUP > 0 and (GROUP % TILE == 0 or TILE % GROUP == 0)
@@ -72,6 +64,10 @@ def packed_dot(  # type: ignore[no-untyped-def]
     # before it issues the next.
     tl.assume(first < last)
     column = tl.arange(0, 32)[None, :]
+    words_at = code_addresses(words, outputs, K, BITS)
+    scale += outputs
+    if ZERO:
+        zero += outputs
     s = tl.load(scale).to(tl.float32)
     z = tl.load(zero).to(tl.float32) if ZERO else s
     sums = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
@@ -79,8 +75,7 @@ def packed_dot(  # type: ignore[no-untyped-def]
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, last):
-        words = tl.load(words_at + step * TILE_WORDS, eviction_policy="evict_first")
-        planes = unpack_planes(words, DTYPE, ASM) if BITS == 4 else unpack_two_bit_planes(words, DTYPE, ASM)
+        planes = load_planes(words_at, step, DTYPE, ASM, BITS)
         if NESTED:
             tile_group = step // (GROUP // TILE) if GROUP % TILE == 0 else step * (TILE // GROUP)
             scale_row = tl.cast(tile_group, tl.int64) * N
@@ -104,16 +99,15 @@ def packed_dot(  # type: ignore[no-untyped-def]
                     a = tl.load(x_at + start, mask=column < K - start, other=0).to(DTYPE)
                 if SWAP:
                     weight = dequantize_plane(
-                        planes[plane], s, z, DTYPE, _offset(plane, DTYPE, BITS) + LESS,
-                        GROUP > 0, ZERO,
-                    )  # fmt: skip
+                        planes[plane], s, z, DTYPE, plane_offset(plane, DTYPE, BITS) + MIDDLE, GROUP > 0, ZERO
+                    )
                     total = tl.dot(weight, a.T, total)
                 else:
                     activations += (a,)  # type: ignore[assignment]
                     if ZERO:
                         sums = tl.dot(a, tl.full((32, COLUMNS), -1.0, DTYPE), sums)
                     if BITS < 4 or not ZERO:
-                        offset = _offset(plane, DTYPE, BITS) + MIDDLE
+                        offset = plane_offset(plane, DTYPE, BITS) + MIDDLE
                         shifts = tl.dot(a, tl.full((32, COLUMNS), -offset, DTYPE), shifts)
             if not SWAP:
                 if GROUP > 0 and START:
@@ -143,7 +137,7 @@ def _shift(  # type: ignore[no-untyped-def]
     if not ZERO:
         shift = _spread(shifts, BLOCK_N)
     elif BITS == 4:
-        shift = (z + _offset(0, DTYPE, BITS))[None, :] * _spread(sums, BLOCK_N)
+        shift = (z + plane_offset(0, DTYPE, BITS))[None, :] * _spread(sums, BLOCK_N)
     else:
         shift = z[None, :] * _spread(sums, BLOCK_N) + _spread(shifts, BLOCK_N)
     return shift

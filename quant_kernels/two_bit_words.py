@@ -3,7 +3,7 @@
 Contract: codes [rows, columns], each 0 … 3, become int16 words [rows / 64, columns / 256, 64, 32], rows and columns
 rounded up and filled with zeros. A tile of 64 rows × 256 columns is 4 KiB in one piece. Word r of a row of a tile has
 the codes of its columns r, 32 + r, … 224 + r, the first in the lowest bits: eight *planes* of 32 consecutive columns,
-and otherwise as `quant_kernels.words` has four. Signed codes -2 … 1 are stored with `SIGNED_ZERO` added.
+and otherwise as `quant_kernels.words` has four.
 
 Kernels unpack words to floats code + offset, which are exact: the code becomes mantissa bits of a power of two. At
 which of the mantissa's bits is free, if the power is chosen so that the last bit of the code is worth 1. So three
@@ -22,8 +22,6 @@ from quant_kernels.words import PLANE_COLUMNS, TILE_ROWS, word_offsets
 
 TILE_COLUMNS = 256
 PLANES = 8
-SIGNED_ZERO = 2
-"""The stored code of the signed code 0."""
 
 
 def two_bit_shape(rows: int, columns: int) -> list[int]:

@@ -5,8 +5,6 @@ rounded up and filled with zeros. A tile of 64 rows × 128 columns is 4 KiB in o
 the codes of its columns r, 32 + r, 64 + r and 96 + r, the first in the lowest bits. So each nibble holds a *plane* of
 32 consecutive columns: unpacking interleaves nothing, and a group of 32 columns is a plane of its own.
 
-Codes of 2 and 3 bits are kept as 4-bit ones. Signed codes are stored with `SIGNED_ZERO` added, whatever their bits.
-
 Kernels unpack words to the floats code + `code_offset`, which are exact: the code becomes mantissa bits of a power of
 two, where it costs a mask and a shift, and of four planes one needs no shift. What is then left to do is to take off
 offset + zero, from the weights, or from the products by way of sums of activations. It is inline assembly on two words
@@ -27,8 +25,6 @@ TILE_COLUMNS = 128
 PLANES = 4
 PLANE_COLUMNS = TILE_COLUMNS // PLANES
 TILE_WORDS = tl.constexpr(TILE_ROWS * PLANE_COLUMNS)
-SIGNED_ZERO = 8
-"""The stored code of the signed code 0."""
 
 
 def word_shape(rows: int, columns: int) -> list[int]:

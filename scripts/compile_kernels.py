@@ -3,7 +3,7 @@
 
     scripts/compile_kernels.py                     every shipped configuration
     scripts/compile_kernels.py --representative    the few that are compiled on every commit
-    scripts/compile_kernels.py --only w4a16        one operator's
+    scripts/compile_kernels.py --only wna16        one operator's
 
 Prints registers, shared memory and instructions per weight of each; exit code 1 where one spills, does not fit, misses
 its matrix instruction or issues a tenth more instructions than recorded. What ships for Ampere is compiled for an AMD
@@ -22,7 +22,7 @@ from quant_kernels.gate import Gate, amd_problems, compile_nvidia, problems
 
 AMD = "gfx942"
 OPERATORS = (
-    "w4a16",
+    "wna16",
     "dequantize_words",
     "w8a16",
     "w4a8",
@@ -34,7 +34,6 @@ OPERATORS = (
     "fp8_quant",
     "fp4",
     "experts",
-    "w2a16",
 )
 
 

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quant_kernels import fp4, fp8, w2a16, w4a8, w4a16, w8a8, w8a16
+from quant_kernels import fp4, fp8, w4a8, w8a8, w8a16, wna16
 from quant_kernels.byte_planes import pack_groups
 from quant_kernels.fp8 import GROUP, pack_words
-from quant_kernels.two_bit_words import two_bit_shape
+from quant_kernels.packed_codes import code_shape
 from quant_kernels.words import word_shape
 
 GROUP_SIZE = 128
-"""Inputs that share a scale in 2- and 4-bit weights with 16-bit activations."""
+"""Inputs that share a scale in 2- to 4-bit weights with 16-bit activations."""
 COLD_BYTES = 200e6
 """Weights to walk through before one is met again: more than any cache holds."""
 REPLAY_SECONDS = 1e-3
@@ -60,6 +60,7 @@ class Scheme:
 SCHEMES = {
     "bf16": Scheme(2, 2, "bf16"),
     "w2a16": Scheme(0.25 + 2 / GROUP_SIZE, 2, "bf16"),
+    "w3a16": Scheme(0.375 + 2 / GROUP_SIZE, 2, "bf16"),
     "w4a16": Scheme(0.5 + 2 / GROUP_SIZE, 2, "bf16"),
     "nvfp4": Scheme(0.5 + 1 / 16, 2, "bf16"),
     "w8a16": Scheme(1, 2, "bf16"),
@@ -143,12 +144,14 @@ def random_bytes(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tenso
     return torch.randint(info.min, info.max + 1, shape, dtype=dtype, device=device)
 
 
-def _w2a16_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor]:
-    return random_bytes(two_bit_shape(*layer), torch.int16, device), _group_scales(layer, device)
+def _wna16(bits: int) -> Kernel:
+    def weights(layer: Layer, device: str) -> tuple[Tensor, Tensor]:
+        return random_bytes(code_shape(*layer, bits), torch.int16, device), _group_scales(layer, device)
 
+    def run(weights: Any, x: Sequence[Tensor]) -> Tensor:
+        return torch.ops.netsuke.wna16(x[0], *weights, bits)
 
-def _w4a16_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor]:
-    return random_bytes(word_shape(*layer), torch.int16, device), _group_scales(layer, device)
+    return Kernel(f"w{bits}a16", f"w{bits}a16", weights, bf16_activations, run)
 
 
 def _group_scales(layer: Layer, device: str) -> Tensor:
@@ -199,14 +202,7 @@ def _w8a16_fp8_weights(layer: Layer, device: str) -> tuple[Tensor, Tensor]:
 
 QUANTIZED = "activations come quantized"
 OURS = {
-    "w2a16": Kernel(
-        "w2a16", "w2a16", _w2a16_weights, bf16_activations,
-        lambda weights, x: torch.ops.netsuke.w2a16(x[0], *weights),
-    ),
-    "w4a16": Kernel(
-        "w4a16", "w4a16", _w4a16_weights, bf16_activations,
-        lambda weights, x: torch.ops.netsuke.w4a16(x[0], *weights),
-    ),
+    "w2a16": _wna16(2), "w3a16": _wna16(3), "w4a16": _wna16(4),
     "w8a16": Kernel(
         "w8a16", "w8a16", _w8a16_weights, bf16_activations,
         lambda weights, x: torch.ops.netsuke.w8a16(x[0], *weights),
@@ -244,7 +240,7 @@ OURS = {
 }  # fmt: skip
 """This package's operators. Scales are such that results of random data are of ordinary size."""
 MODULES = {
-    "w2a16": w2a16, "w4a16": w4a16, "w8a16": w8a16, "w4a16_fp4": fp4, "w8a16_fp8": fp8,
+    "w2a16": wna16, "w3a16": wna16, "w4a16": wna16, "w8a16": w8a16, "w4a16_fp4": fp4, "w8a16_fp8": fp8,
     "w4a8": w4a8, "w4a8_grouped": w4a8, "w8a8": w8a8, "fp8": fp8, "fp8_grouped": fp8,
 }  # fmt: skip
 """Operator → the file whose `configuration` launches it."""

@@ -46,7 +46,7 @@ from quant_kernels.tuning import BUCKETS, TABLES, Config, bucket
 TOKENS = (*BUCKETS, 4096)
 """One count for each bucket: the most, and 4096 for those beyond."""
 GROUPS = {
-    "w2a16": GROUP_SIZE, "w4a16": GROUP_SIZE, "w8a16": 0, "w4a16_fp4": 16, "w8a16_fp8": 0,
+    "w2a16": GROUP_SIZE, "w3a16": GROUP_SIZE, "w4a16": GROUP_SIZE, "w8a16": 0, "w4a16_fp4": 16, "w8a16_fp8": 0,
     "w4a8": 0, "w4a8_grouped": 64, "w8a8": 0, "fp8": 0, "fp8_grouped": 128,
 }  # fmt: skip
 """Operator → its group size in the table, where `w4a8` with groups is an entry of `w4a8`."""
@@ -126,6 +126,7 @@ def current(operator: str, layer: Layer, tokens: int) -> Config:
     """What the operator would use."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind = {
+        "w2a16": (GROUP_SIZE, 2), "w3a16": (GROUP_SIZE, 3), "w4a16": (GROUP_SIZE, 4),
         "w8a8": (), "fp8": (False, False), "fp8_grouped": (False, True), "w8a16_fp8": (True, False),
     }.get(operator, (GROUPS[operator],))  # fmt: skip
     return MODULES[operator].configuration(tokens, layer.outputs, layer.inputs, *kind, device)

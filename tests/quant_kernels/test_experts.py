@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from quant_kernels import experts, split_k, w4a16
+from quant_kernels import experts, split_k, wna16
 from quant_kernels.experts import group_by_expert, most_tiles
 from quant_kernels.library import INTERPRETED
 from quant_kernels.tuning import Config
@@ -87,7 +87,7 @@ def exact(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def check(arguments: dict[str, Any], y: Tensor, swap: bool) -> None:
-    """As of `w4a16`: within one rounding of the result (the interpreter truncates to bfloat16: two), float32 sums of
+    """As of `wna16`: within one rounding of the result (the interpreter truncates to bfloat16: two), float32 sums of
     terms up to 150 steps where products are shifted, and a rounding of each weight where weights are."""
     expected, magnitude = exact(arguments)
     eps = torch.finfo(y.dtype).eps
@@ -252,7 +252,7 @@ def test_packing_is_that_of_each_expert() -> None:
     for index in range(3):
         for got, expected in zip(
             experts.pack(codes, scale, zero_point),
-            w4a16.pack(codes[index], scale[index], zero_point[index]),
+            wna16.pack(codes[index], scale[index], zero_point[index], 4),
             strict=True,
         ):
             assert torch.equal(got[index], expected)  # type: ignore[index, arg-type]
@@ -290,7 +290,7 @@ def test_what_does_not_fit_is_named(message: str) -> None:
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="of the rule of thumb, not of a table")
 @pytest.mark.parametrize("hopper", [False, True])
 def test_what_is_chosen_is_what_is_compiled_ahead_of_time(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4a16, "gpu_of", lambda _: (hopper, 132))
+    monkeypatch.setattr(wna16, "gpu_of", lambda _: (hopper, 132))
     compiled = {
         (gate.variant.constants["GROUP"], gate.variant.constants["SPLIT"], gate.variant.constants["SWAP"],
          gate.variant.constants["BLOCK_M"], gate.variant.constants["BLOCK_N"], gate.variant.num_warps)
@@ -329,7 +329,7 @@ def test_a_compiled_graph_goes_through() -> None:
     assert torch.equal(compiled(arguments["x"]), run(arguments) * 2)
 
 
-SHIPPED = (w4a16.FEW, w4a16.SOME, w4a16.MORE, w4a16.MANY, w4a16.MANY_AMPERE, w4a16.PREFILL)
+SHIPPED = list(dict.fromkeys(config for hopper in (True, False) for config in wna16.shipped(4, hopper).values()))
 
 COVERING = [
     (config, row_per_pair, *rest)
