@@ -251,8 +251,8 @@ SOME = Config(32, 128, num_warps=4, swap=True)
 MORE = Config(64, 128, num_warps=4, num_stages=3, swap=True)
 MANY = Config(128, 128, num_warps=4, num_stages=2, swap=True)
 """So that a processor holds two blocks: one converts while the other multiplies."""
-MANY_AMPERE = Config(128, 128, num_warps=8, num_stages=3, swap=True)
-"""Where activations too have to go through registers."""
+MANY_AMPERE = Config(128, 128, num_warps=8, num_stages=2, swap=True)
+"""Where activations too have to go through registers. Three stages would not fit all GPUs of the generation."""
 PREFILL = Config(128, 256, num_warps=8, num_stages=3, swap=True)
 
 
