@@ -163,7 +163,8 @@ class Job:
         config = dict(self.plan.viewed.config)
         linear = [name for name, module in self.model.module.named_modules() if isinstance(module, nn.Linear)]
         kept = [name for name in linear if name not in self.plan.quantized]
-        quantization = self.plan.format.quantization_config(self.plan.quantized, kept, self.model.weights.online)
+        online, dtype = self.model.weights.online, self.plan.layers[0].dtype
+        quantization = self.plan.format.quantization_config(self.plan.quantized, kept, online, dtype)
         if quantization:
             config["quantization_config"] = quantization
         names = [self.folder.shard_name(index) for index in range(len(self.plan.shards))]

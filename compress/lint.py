@@ -58,7 +58,7 @@ def view(recipe: Recipe, problems: Sequence[str], form: Format) -> list[str]:
     where = recipe.where("stages", 0, recipe.view.name)
     found = [f"{where}: {problem}" for problem in problems]
     if recipe.view.online and form.name != "compressed-tensors":
-        folder = "a folder of bitsandbytes" if form.packs else "an ordinary folder"
+        folder = f"a folder of {form.name}" if form.packs else "an ordinary folder"
         found.append(f"{where}: {folder} cannot say that inputs are rotated. Set r4: false")
     return found
 
@@ -97,6 +97,8 @@ def groups(
         widths = sorted({shapes[name][1] for name in names})
         fits = [str(size) for size in SIZES if all(width % size == 0 for width in widths)][:2]
         fix = f"Use {' or '.join(fits)}" if fits else "Use group_size: null (one scale per channel)"
+        if stage.resolved.weights.kind != "int":
+            fix = f"The groups of {stage.scheme} are fixed: choose another scheme"
         others = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
         problems.append(
             f"{recipe.where('stages', index, stage.name, 'group_size')}: {names[0]}{others}: "

@@ -227,6 +227,11 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
         notes.append(f"calibration windows have {length} tokens, the model's context")
     if anatomy.head and f"{anatomy.head}.weight" not in tensors:
         notes.append(f"{anatomy.head} is tied to {anatomy.embedding} and stays as it is")
+    if units:
+        budget = recipe.allocator.budget(units)
+        notes.append(
+            f"bits are decided once calibration has been seen, within {budget:,} bytes; a plan shows uniform ones"
+        )
     if len(viewed.tensors) > len(folder.tensors):
         notes.append(f"{anatomy.head} was tied to {anatomy.embedding}; rotated it has a weight of its own")
     if view and view.online:

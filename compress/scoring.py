@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.checkpoint import READERS
 from compress.checkpoint.weights import open_model
 from compress.errors import DataError, ModelError, NumericalError, RequestError, eval_package
 from compress.models.headers import read_json
@@ -22,7 +23,7 @@ from compress.models.store import load_tokenizer, local_folder, read_config
 
 Progress = Callable[[str, float, str], None]
 """Called with the phase, the share of the whole that is done (0…1), and a few words."""
-STREAMED = {None, "compressed-tensors"}
+STREAMED = {None, *READERS}
 """Quantization methods whose folders are streamed."""
 
 

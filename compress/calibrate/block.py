@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,23 +22,12 @@ from compress.calibrate.activations import Activations
 from compress.calibrate.capture import Arguments
 from compress.calibrate.observers import Moments, MomentsObserver
 from compress.calibrate.reference import Reference
+from compress.calibrate.sites import BlockSite, sites_of
 from compress.calibrate.sublayer import Sublayer
 from compress.core.inputs import input_scale, round_inputs
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid
-from compress.models.anatomy import Site
 from compress.models.store import LazyModel
-
-
-@dataclass(frozen=True)
-class BlockSite:
-    """A `Site` of this very block: full layer names."""
-
-    index: int
-    layers: tuple[str, ...]
-    roles: tuple[str, ...]
-    source: str | None
-
 
 Stream = tuple[Activations, Activations]
 """The inputs and the outputs-to-be of a block."""
@@ -72,17 +60,7 @@ class Block:
         """Layer → the scale of its inputs, of those for which calibration fixes one."""
         self.rewritten: dict[str, Tensor] = {}
         """Full tensor name → new full-precision value, float32, of everything a transform changed."""
-        present = dict(self.module.named_modules())
-        self.sites = tuple(
-            BlockSite(
-                index,
-                tuple(f"{self.name}.{layer}" for layer in site.layers if layer in present),
-                tuple(role for layer, role in site.roles.items() if layer in present),
-                self._source(site),
-            )
-            for index, site in enumerate(model.anatomy.sites)
-            if any(layer in present for layer in site.layers)
-        )
+        self.sites = sites_of(model, index)
         self._arguments = arguments
         self._scratch = scratch
         self._batch = max(1, BATCH_TOKENS // inputs.length)
@@ -233,11 +211,6 @@ class Block:
             wanted = self.model.rotated(site.layers[0], original.read(start, start + self._batch)) if original else None
             observer.update(rounded, wanted)
         return observer.result(self.inputs.windows * self.inputs.length, name=site.layers[0])
-
-    def _source(self, site: Site) -> str | None:
-        """What a scale of the site's inputs can be folded into: nothing, where they are rotated on the way."""
-        turned = any(f"{self.name}.{layer}" in self.model.weights.online for layer in site.layers)
-        return f"{self.name}.{site.source}" if site.source and not turned else None
 
     def _round_inputs(self, name: str, grid: Grid) -> None:
         if name in self._rounded:

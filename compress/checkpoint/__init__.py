@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from compress.checkpoint.bitsandbytes import BitsAndBytes
 from compress.checkpoint.compressed_tensors import CompressedTensors, Compression
 from compress.checkpoint.dense import Dense
 from compress.checkpoint.layouts import Entries
@@ -21,7 +22,9 @@ from compress.core.scheme import Grid, Scheme
 from compress.errors import ModelError
 from compress.models.headers import TensorHeader
 
-__all__ = ["FORMATS", "READERS", "CompressedTensors", "Dense", "Format", "Options", "format_for", "format_of"]
+__all__ = [
+    "FORMATS", "READERS", "BitsAndBytes", "CompressedTensors", "Dense", "Format", "Options", "format_for", "format_of",
+]  # fmt: skip
 
 
 class Format(Protocol):
@@ -49,11 +52,19 @@ class Format(Protocol):
     def decode(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
         """The weight that `encode` was given. Raises ModelError where the tensors do not fit the grid."""
 
+    def shape(self, name: str, tensors: Mapping[str, TensorHeader], grid: Grid) -> tuple[int, ...]:
+        """The [out, in] of a layer that is stored quantized."""
+
     def quantization_config(
-        self, schemes: Mapping[str, Scheme], ignored: Sequence[str], rotated: Mapping[str, int] | None = None
+        self,
+        schemes: Mapping[str, Scheme],
+        ignored: Sequence[str],
+        rotated: Mapping[str, int] | None = None,
+        dtype: str = "F32",
     ) -> dict[str, Any] | None:
         """That entry of config.json, if any; `ignored` names each nn.Linear that stays as it was, `rotated` each whose
-        inputs are rotated while the model runs, and the size of the Hadamard matrix."""
+        inputs are rotated while the model runs, and the size of the Hadamard matrix. `dtype`: of the original weights,
+        in the words of safetensors."""
 
     def schemes(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
         """Which layers of a folder are stored quantized and how, from that entry and the headers."""
@@ -77,10 +88,11 @@ class Options(Protocol):
 
 FORMATS: dict[str, Callable[[Options], Format]] = {
     "compressed-tensors": lambda options: CompressedTensors(options.compression),
+    "bitsandbytes": lambda options: BitsAndBytes(),
     "dense": lambda options: Dense(),
 }
 
-READERS: dict[str, Format] = {"compressed-tensors": CompressedTensors()}
+READERS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "bitsandbytes": BitsAndBytes()}
 """By the `quant_method` of a `quantization_config`."""
 
 

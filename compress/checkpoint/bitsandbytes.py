@@ -1,85 +1,187 @@
-"""bitsandbytes: how NF4 and int8 layers lie on disk, for `from_pretrained` of transformers.
+"""bitsandbytes: how NF4 layers lie on disk, for `from_pretrained` of transformers.
 
-    4 bits  weight                        uint8 [out·in/2, 1]      two codes in a byte, the first in the high nibble
-            weight.absmax                 float32 [out·in/64]      uint8 where scales are quantized too, and then
-            weight.nested_absmax          float32 [⌈out·in/64/256⌉]
-            weight.nested_quant_map       float32 [256]
-            weight.quant_map              float32 [16]             the levels
-            weight.quant_state.bitsandbytes__nf4  uint8            JSON: block size, dtype, shape
-    8 bits  weight                        int8 [out, in]           w = code · SCB / 127
-            SCB                           float32 [out]
-            weight_format                 uint8 []                 0: rows
+    weight                               uint8 [out·in/2, 1]   two codes in a byte, the first in the high nibble
+    weight.absmax                        float32 [out·in/64]
+    weight.quant_map                     float32 [16]          the levels
+    weight.quant_state.bitsandbytes__nf4 uint8                 JSON: block size, dtype, shape
 
-Blocks run on from row to row, so a row must be made of whole ones for groups to be ours. Nested scales put a number
-into the JSON whose length nobody knows beforehand; blanks after it, which JSON does not mind, make it a fixed one.
+Blocks run on from row to row, so a row must be made of whole ones for groups to be ours. The dtype is that of the
+weight there was: what a reader makes of the codes, and what our scales have, which float32 holds exactly.
 
-SCB is 127 scales. A scale of 16 bits times 127 fits into float32, and comes back exactly. bitsandbytes fills -127 … 127
-and takes SCB for the row's largest magnitude, but it only ever multiplies: our scales, which may be negative and use
--128, mean the same to it.
+Others quantize the scales in turn: `absmax` is then uint8, beside
+
+    weight.nested_absmax                 float32 [⌈out·in/64/256⌉]
+    weight.nested_quant_map              float32 [256]
+
+and the JSON has their mean. That is read and not written: 0.37 bits less per weight, but scales would be rounded once
+the codes are chosen. The int8 of bitsandbytes is neither read nor written, for it is not w8a8: inputs are converted to
+float16, and those above a threshold are kept out of the product.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
-from compress.core.normal_float import LEVELS, NESTED_BLOCK, NestedScales, dynamic_map
+from compress.checkpoint.layouts import Entries
+from compress.core.normal_float import BLOCK, LEVELS, NESTED_BLOCK, NestedScales, dynamic_map
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import Grid
+from compress.core.scheme import NF4, Grid, Scheme
+from compress.errors import ModelError
+from compress.models.headers import TensorHeader
+from compress.models.store import DTYPES, read_tensor
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
-NUMBER_LENGTH = 24
-"""The most characters a float is written in."""
-INT8 = Grid(8)
-INT8_MAX = 127
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def encode_nf4(
-    codes: UInt8[Tensor, "out in"], scale: Float[Tensor, "out groups"] | NestedScales, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The stored tensors of one layer, by the last part of their names. `dtype`: of the weight that was quantized."""
-    nested = isinstance(scale, NestedScales)
-    flat = (scale.codes if isinstance(scale, NestedScales) else scale.float()).flatten()
-    state: dict[str, Any] = {
-        "quant_type": "nf4",
-        "blocksize": codes.numel() // flat.numel(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(codes.shape),
+@dataclass(frozen=True)
+class BitsAndBytes:
+    """Writes NF4 with plain scales; reads nested ones too."""
+
+    name: ClassVar[str] = "bitsandbytes"
+    packs: ClassVar[bool] = True
+
+    def problems(self, name: str, kind: str, shape: tuple[int, int], scheme: Scheme) -> list[str]:
+        """What speaks against storing this layer, a sentence each; `kind` is the class of its module."""
+        if scheme != Scheme(NF4):
+            why = " (its int8 is another arithmetic)" if scheme.name == "w8a8" else ""
+            return [
+                f"{name}: bitsandbytes holds nf4 and not {scheme.name}{why}. "
+                "Use `scheme: nf4`, or `checkpoint: {format: compressed-tensors}`"
+            ]
+        if kind != "Linear":
+            return [
+                f"{name} is a {kind}, and bitsandbytes holds nn.Linear only. "
+                "Use `checkpoint: {format: dense}`, or add the layer to `ignore`."
+            ]
+        return []
+
+    def layout(self, name: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> Entries:
+        """Tensor name → (safetensors dtype, shape) of what `encode` writes, by arithmetic alone."""
+        rows, columns = shape
+        entries: Entries = {
+            "weight": ("U8", (rows * columns // 2, 1)),
+            "weight.absmax": ("F32", (rows * scheme.weights.num_groups(columns),)),
+            "weight.quant_map": ("F32", (len(LEVELS),)),
+            STATE: ("U8", (len(write_state(shape, DTYPES[scale_dtype])),)),
+        }
+        return {f"{name}.{leaf}": entry for leaf, entry in entries.items()}
+
+    def encode(
+        self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The stored tensors of one layer."""
+        return {f"{name}.{leaf}": value for leaf, value in encode_nf4(tensor).items()}
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
+        """The weight that `encode` was given. Raises ModelError where a tensor is missing or not what it must be."""
+        prefix = f"{name}."
+        try:
+            return decode_nf4(
+                {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            )
+        except ValueError as error:
+            raise ModelError(f"{name}: {error}") from None
+
+    def shape(self, name: str, tensors: Mapping[str, TensorHeader], grid: Grid) -> tuple[int, ...]:
+        """A layer's [out, in], which its state says."""
+        try:
+            return read_state(read_tensor(tensors[f"{name}.{STATE}"]))[0]
+        except ValueError as error:
+            raise ModelError(f"{name}: {error}") from None
+
+    def quantization_config(
+        self,
+        schemes: Mapping[str, Scheme],
+        ignored: Sequence[str],
+        rotated: Mapping[str, int] | None = None,
+        dtype: str = "F32",
+    ) -> dict[str, Any]:
+        """What config.json says of these layers; without a dtype, transformers multiplies in float32."""
+        return {
+            "quant_method": self.name,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_compute_dtype": str(DTYPES[dtype]).removeprefix("torch."),
+            "llm_int8_skip_modules": list(ignored),
+        }
+
+    def schemes(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
+        """The layers that have a state. Raises ModelError where none has, as with int8 and FP4."""
+        layers = [name.removesuffix(f".{STATE}") for name in tensors if name.endswith(f".{STATE}")]
+        if not layers:
+            raise ModelError("quantization_config: of bitsandbytes only nf4 can be read, and no layer is stored so")
+        return dict.fromkeys(layers, Scheme(NF4))
+
+    def rotated_inputs(self, config: Mapping[str, Any], layers: Collection[str]) -> dict[str, int]:
+        """None: there is no place to say so."""
+        return {}
+
+    def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
+        """None: inputs are not rounded."""
+
+
+def encode_nf4(tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """The stored tensors of one layer, by the last part of their names."""
+    text = write_state(tensor.shape, tensor.scale.dtype)
+    return {
+        "weight": pack_nibbles(tensor.codes),
+        "weight.absmax": tensor.scale.float().flatten(),
+        "weight.quant_map": torch.tensor(LEVELS),
+        STATE: torch.tensor(list(text), dtype=torch.uint8),
     }
-    stored = {"weight": pack_nibbles(codes), "weight.absmax": flat, "weight.quant_map": torch.tensor(LEVELS)}
-    if isinstance(scale, NestedScales):
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": scale.mean}
-        stored["weight.nested_absmax"] = scale.largest.contiguous()
-        stored["weight.nested_quant_map"] = dynamic_map(torch.device("cpu")).clone()
-    text = json.dumps(state)
-    if nested:
-        text += " " * (NUMBER_LENGTH - len(json.dumps(state["nested_offset"])))
-    return stored | {STATE: torch.tensor(list(text.encode()), dtype=torch.uint8)}
 
 
-def decode_nf4(
-    stored: Mapping[str, Tensor],
-) -> tuple[UInt8[Tensor, "out in"], Float[Tensor, "out groups"] | NestedScales, torch.dtype]:
-    """What `encode_nf4` was given, by anyone. Raises ValueError where groups or levels are not ours."""
-    state = json.loads(bytes(stored[STATE].tolist()))
-    rows, columns = state["shape"]
-    if columns % state["blocksize"]:
-        raise ValueError(f"rows of {columns} columns are not made of whole blocks of {state['blocksize']}")
-    if not torch.equal(stored["weight.quant_map"].cpu(), torch.tensor(LEVELS)):
-        raise ValueError(f"weight.quant_map: {stored['weight.quant_map'].tolist()} are not the levels of NF4")
+def decode_nf4(stored: Mapping[str, Tensor]) -> QuantizedTensor:
+    """What `encode_nf4` was given, and what anyone stored. Scales that their dtype does not hold stay in float32.
+
+    Raises ValueError where a tensor is missing or does not fit, or where groups or levels are not ours.
+    """
+    for leaf in (STATE, "weight", "weight.absmax", "weight.quant_map"):
+        if leaf not in stored:
+            raise ValueError(f"{leaf} is missing")
+    (rows, columns), dtype, state = read_state(stored[STATE])
+    levels = stored["weight.quant_map"].cpu()
+    if not torch.equal(levels, torch.tensor(LEVELS)):
+        raise ValueError(f"weight.quant_map: {levels.tolist()} are not the levels of NF4")
+    nested = "weight.nested_absmax" in stored
+    _check(stored, "weight", torch.uint8, rows * columns // 2)
+    _check(stored, "weight.absmax", torch.uint8 if nested else torch.float32, rows * columns // BLOCK)
+    absmax = stored["weight.absmax"].view(rows, -1)
+    exact = _nested(absmax, stored, state).dequantize() if nested else absmax
+    scale = exact.to(dtype)
     codes = unpack_nibbles(stored["weight"]).view(rows, columns)
-    scale: Tensor | NestedScales = stored["weight.absmax"].view(rows, -1)
-    if "weight.nested_absmax" in stored:
-        _check_nested(state, stored["weight.nested_quant_map"])
-        scale = NestedScales(
-            stored["weight.absmax"].view(rows, -1), stored["weight.nested_absmax"], state["nested_offset"]
+    return QuantizedTensor(codes, scale if torch.equal(scale.float(), exact) else exact, None, NF4)
+
+
+def write_state(shape: tuple[int, int], dtype: torch.dtype) -> bytes:
+    """The JSON of a layer."""
+    name = str(dtype).removeprefix("torch.")
+    return json.dumps({"quant_type": "nf4", "blocksize": BLOCK, "dtype": name, "shape": list(shape)}).encode()
+
+
+def read_state(stored: UInt8[Tensor, " bytes"]) -> tuple[tuple[int, int], torch.dtype, dict[str, Any]]:
+    """Shape, dtype, and all that anyone's JSON says. Raises ValueError where groups are not ours."""
+    state = json.loads(bytes(stored.tolist()))
+    shape, block, dtype = (state.get(key) for key in ("shape", "blocksize", "dtype"))
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{STATE} says it has shape {shape}, expected two sizes, out and in")
+    if block != BLOCK or shape[1] % BLOCK:
+        raise ValueError(
+            f"rows of {shape[1]} columns in blocks of {block} cannot be read, only whole blocks of {BLOCK}"
         )
-    return codes, scale, getattr(torch, state["dtype"])
+    if dtype not in FLOATS:
+        raise ValueError(f"{STATE} says {dtype!r}, expected one of {', '.join(FLOATS)}")
+    return (shape[0], shape[1]), FLOATS[dtype], state
 
 
 def pack_nibbles(codes: UInt8[Tensor, "out in"]) -> UInt8[Tensor, "half 1"]:
@@ -95,27 +197,17 @@ def unpack_nibbles(packed: UInt8[Tensor, "half 1"]) -> UInt8[Tensor, " codes"]:
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten()
 
 
-def encode_int8(tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """The stored tensors of one layer. Raises ValueError unless it has 8 bits and one symmetric scale per row."""
-    if tensor.grid != INT8:
-        raise ValueError(f"{tensor.grid} cannot be stored as int8 rows; use w8a8, symmetric, group_size: null")
-    return {
-        "weight": tensor.codes.contiguous(),
-        "SCB": tensor.scale.float().flatten() * INT8_MAX,
-        "weight_format": torch.tensor(0, dtype=torch.uint8),
-    }
+def _check(stored: Mapping[str, Tensor], leaf: str, dtype: torch.dtype, size: int) -> None:
+    tensor = stored[leaf]
+    if tensor.dtype != dtype or tensor.numel() != size:
+        raise ValueError(f"{leaf} is {tensor.numel()} of {tensor.dtype}, expected {size} of {dtype}")
 
 
-def decode_int8(stored: Mapping[str, Tensor], dtype: torch.dtype) -> QuantizedTensor:
-    """What `encode_int8` was given, exactly if its scales were of 16 bits. `dtype`: theirs.
-
-    Raises ValueError where the codes are tiled for a GPU, as bitsandbytes once did.
-    """
-    if int(stored["weight_format"]):
-        raise ValueError(f"weight_format {int(stored['weight_format'])} cannot be read, only 0, which is rows")
-    return QuantizedTensor(stored["weight"], (stored["SCB"] / INT8_MAX).to(dtype).unsqueeze(1), None, INT8)
-
-
-def _check_nested(state: Mapping[str, Any], levels: Tensor) -> None:
-    if state["nested_blocksize"] != NESTED_BLOCK or not torch.equal(levels, dynamic_map(levels.device)):
-        raise ValueError(f"nested_blocksize={state['nested_blocksize']} or nested_quant_map is not bitsandbytes' own")
+def _nested(codes: UInt8[Tensor, "out groups"], stored: Mapping[str, Tensor], state: Mapping[str, Any]) -> NestedScales:
+    largest, levels = stored["weight.nested_absmax"], stored.get("weight.nested_quant_map")
+    mean, block = state.get("nested_offset"), state.get("nested_blocksize")
+    own = levels is not None and torch.equal(levels, dynamic_map(levels.device)) and block == NESTED_BLOCK
+    if not own or not isinstance(mean, float):
+        raise ValueError(f"nested_blocksize={block}, nested_offset={mean} or nested_quant_map is not bitsandbytes' own")
+    _check(stored, "weight.nested_absmax", torch.float32, -(-codes.numel() // NESTED_BLOCK))
+    return NestedScales(codes, largest, mean)

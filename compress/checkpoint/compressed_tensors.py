@@ -29,7 +29,7 @@ from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import INPUT_BITS, WEIGHT_BITS, Grid, Scheme, parse_scheme
 from compress.errors import ModelError
 from compress.models.headers import TensorHeader
-from compress.models.store import DTYPES
+from compress.models.store import DTYPES, read_tensor
 
 VERSION = "0.19.0"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -59,6 +59,8 @@ class CompressedTensors:
                 f"{name} is a {kind}, and readers of compressed-tensors replace nn.Linear only. "
                 "Use `checkpoint: {format: dense}`, or add the layer to `ignore`."
             ]
+        if scheme.weights.kind == "normal":
+            return [f"{name}: compressed-tensors has no {scheme.name}. Use `checkpoint: {{format: bitsandbytes}}`."]
         if self.compression != "auto" and scheme.weights.kind != "int":
             return [f"{name}: {scheme.name} cannot be stored {self.compression}. Leave `compression` out."]
         if scheme.inputs and not scheme.weights.symmetric and self._layout(scheme) == "pack-quantized":
@@ -103,8 +105,21 @@ class CompressedTensors:
                 _check_codes(f"{name}.{leaf}", stored[leaf], grid)
         return layout.decode(stored, shape, grid)
 
+    def shape(self, name: str, tensors: Mapping[str, TensorHeader], grid: Grid) -> tuple[int, ...]:
+        """A layer's [out, in]; a bit stream keeps it in a tensor of its own, FP4 codes are two to a byte."""
+        if f"{name}.weight_shape" in tensors:
+            return tuple(read_tensor(tensors[f"{name}.weight_shape"]).tolist())
+        if f"{name}.weight_packed" in tensors:
+            rows, width = tensors[f"{name}.weight_packed"].shape
+            return rows, width * 8 // grid.bits
+        return tensors[f"{name}.weight"].shape
+
     def quantization_config(
-        self, schemes: Mapping[str, Scheme], ignored: Sequence[str], rotated: Mapping[str, int] | None = None
+        self,
+        schemes: Mapping[str, Scheme],
+        ignored: Sequence[str],
+        rotated: Mapping[str, int] | None = None,
+        dtype: str = "F32",
     ) -> dict[str, Any]:
         """What config.json says of these layers; `ignored` names every nn.Linear that stays as it was."""
         layers: dict[Scheme, list[str]] = {}

@@ -49,8 +49,16 @@ class Dense:
         """Raises ModelError: the codes were not kept."""
         raise ModelError(f"{name}: is stored as ordinary weights; their codes on {grid} were not kept")
 
+    def shape(self, name: str, tensors: Mapping[str, TensorHeader], grid: Grid) -> tuple[int, ...]:
+        """The shape of the layer's weight."""
+        return tensors[f"{name}.weight"].shape
+
     def quantization_config(
-        self, schemes: Mapping[str, Scheme], ignored: Sequence[str], rotated: Mapping[str, int] | None = None
+        self,
+        schemes: Mapping[str, Scheme],
+        ignored: Sequence[str],
+        rotated: Mapping[str, int] | None = None,
+        dtype: str = "F32",
     ) -> None:
         """None: readers see an ordinary model."""
 

@@ -32,6 +32,12 @@ class QuantizedWeights(Weights):
     def __contains__(self, name: str) -> bool:
         return name.removesuffix(".weight") in self.schemes or super().__contains__(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        layer = name.removesuffix(".weight")
+        if layer not in self.schemes:
+            return super().shape(name)
+        return self.format.shape(layer, self.tensors, self.schemes[layer].weights)
+
     def read(self, name: str) -> Tensor:
         layer = name.removesuffix(".weight")
         if layer not in self.schemes:

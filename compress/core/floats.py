@@ -1,15 +1,18 @@
-"""Weights on float grids: FP8 with one scale for a channel, a block or all; NVFP4; MXFP4.
+"""Weights on float grids: FP8 with one scale for a channel, a block or all; NVFP4; MXFP4; NF4.
 
     FP8     w = code · s                   s = max|w| / 448
     NVFP4   w = code · e / g               per 16 columns e = E4M3(g · max|w| / 6), per tensor g = 448 · 6 / max|w|
     MXFP4   w = code · 2^e                 per 32 columns e = floor(log2 max|w|) - 2, one more from 1.75 · 2^k on
+    NF4     w = LEVELS[code] · s           per 64 columns s = max|w|         (`compress.core.normal_float`)
 
-These are the rules of compressed-tensors, to the bit (`range: minmax`). FP4 has eight magnitudes, and where the largest
-of a group falls among them decides a good part of the error, so `mse` and `importance` also try
+These are the rules of compressed-tensors and, for NF4, bitsandbytes, to the bit (`range: minmax`). FP4 has eight
+magnitudes, NF4 sixteen levels, and where the largest of a group falls among them decides a good part of the error, so
+`mse` and `importance` also try
 
     NVFP4   scales that put the largest at 4 instead of 6, between whose neighbours the gap is 2 ("four over six", arXiv
             2512.02010), and a few around both, with g = 256 · 6 / max|w|, which leaves room for larger ones
     MXFP4   exponents one below and one above
+    NF4     scales from 15 % below to 10 % above
 
 and take for each group what has the least squared error, weighted by E[x²] if asked to. FP8 levels are evenly spaced on
 a logarithmic scale: no choice of s is better than another, so there is none.
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from compress.core.inputs import nearest_level
 from compress.core.minifloat import E2M1_MAX, E4M3_MAX, overall_scale, power_of_two, stored_e4m3
+from compress.core.normal_float import block_scale, nearest_codes
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid
 from compress.errors import NumericalError
@@ -43,7 +47,8 @@ def quantize_float(
     importance: Float[Tensor, "in"] | None = None,
     largest: float | None = None,
 ) -> QuantizedTensor:
-    """`weight` rounded to nearest on a float grid. `dtype`: of FP8's scales. `search`: for FP4, more scales than one.
+    """`weight` rounded to nearest on a float grid. `dtype`: of FP8's and NF4's scales. `search`: for 4 bits, more than
+    one scale.
 
     `largest`: max|w| over all layers that an engine runs as one, for they must share g. Raises NumericalError on NaN or
     infinite weights, ValueError where groups do not divide the row.
@@ -51,6 +56,9 @@ def quantize_float(
     if not weight.isfinite().all():
         raise NumericalError(f"{int((~weight.isfinite()).sum())} of {weight.numel()} weights are NaN or infinite")
     weight = weight.float()
+    if grid.kind == "normal":
+        scale = block_scale(weight, dtype, search=search, importance=importance)
+        return QuantizedTensor(nearest_codes(weight, scale), scale, None, grid)
     groups = weight.view(len(weight), grid.num_groups(weight.shape[1]), -1)
     if grid.scale == "float":
         scale, overall = _fp8_scale(groups, grid, dtype), None

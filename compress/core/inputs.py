@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from compress.core import normal_float
 from compress.core.minifloat import E2M1_MAX, overall_scale, power_of_two, round_e2m1, round_e4m3, stored_e4m3
 from compress.core.scheme import Grid
 
@@ -52,7 +53,12 @@ def input_scale(largest: Float[Tensor, "*any"], grid: Grid) -> Float[Tensor, "*a
 
 
 def nearest_level(levels: Float[Tensor, "*any"], grid: Grid) -> Float[Tensor, "*any"]:
-    """Each number rounded to a level of the grid, half to even, clipped at its ends; float32, and may be in place."""
+    """Each number rounded to a level of the grid, half to even, clipped at its ends; float32, and may be in place.
+
+    NF4's are its `LEVELS`, and halves go down.
+    """
     if grid.kind == "int":
         return levels.round_().clamp_(grid.qmin, grid.qmax)
+    if grid.kind == "normal":
+        return normal_float.nearest_level(levels)
     return round_e4m3(levels) if grid.bits == 8 else round_e2m1(levels)

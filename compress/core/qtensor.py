@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int8, Shaped
 from torch import Tensor
 
+from compress.core.normal_float import level_table
 from compress.core.scheme import Grid
 
 
@@ -16,10 +17,11 @@ from compress.core.scheme import Grid
 class QuantizedTensor:
     """One weight of shape [out, in] on a grid: `w = (codes - zero_point) · scale`.
 
-    Codes are int8 on an integer grid, and float8 (E4M3) on a float grid, whose levels it holds one and all. `scale` is
-    kept in the dtype it is stored in, so that every reader computes with the same number. An integer's symmetric scale
-    may be negative: the sign decides which end of the grid has the extra level. Where the grid has scales of E4M3, what
-    counts is `scale / global_scale`.
+    Codes are int8 on an integer grid, and float8 (E4M3) on a float grid, whose levels it holds one and all; those of
+    NormalFloat are uint8, and their levels looked up: `w = LEVELS[codes] · scale`. `scale` is kept in the dtype it is
+    stored in, so that every reader computes with the same number. An integer's symmetric scale may be negative: the
+    sign decides which end of the grid has the extra level. Where the grid has scales of E4M3, what counts is `scale /
+    global_scale`.
     """
 
     codes: Shaped[Tensor, "out in"]
@@ -59,7 +61,9 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The weight these codes stand for, computed in float32 and rounded once to `dtype`."""
         rows, columns = self.codes.shape
-        grouped = self.codes.view(rows, self.scale.shape[1], -1).to(torch.float32)
+        normal = self.grid.kind == "normal"
+        levels = level_table(self.codes.device)[self.codes.long()] if normal else self.codes.to(torch.float32)
+        grouped = levels.view(rows, self.scale.shape[1], -1)
         if self.zero_point is not None:
             grouped = grouped - self.zero_point.to(torch.float32).unsqueeze(-1)
         return (grouped * self.step.unsqueeze(-1)).view(rows, columns).to(dtype)

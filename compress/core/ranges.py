@@ -66,7 +66,7 @@ def minmax(weight: Float[Tensor, "out in"], grid: Grid, dtype: torch.dtype) -> P
 
 def nearest(weight: Float[Tensor, "out in"], grid: Grid, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     """`weight` rounded to nearest on the grid that covers all of it, integer or float."""
-    if grid.kind == "float":
+    if grid.kind != "int":
         return quantize_float(weight, grid, dtype, search=False).dequantize()
     return quantize(weight, *minmax(weight, grid, dtype), grid).dequantize()
 

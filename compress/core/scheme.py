@@ -25,14 +25,15 @@ class Grid:
     """Levels and granularity of a tensor of shape [rows, columns], `value = (code - zero_point) · scale`.
 
     Integer codes and zero points are signed: `qmin = -2^(bits-1) … qmax = 2^(bits-1) - 1`. Float codes are E4M3 at 8
-    bits, E2M1 at 4, and have no zero point.
+    bits, E2M1 at 4, and have no zero point. Codes of NormalFloat count its levels, from 0 (`compress.core.
+    normal_float`): `value = LEVELS[code] · scale`.
     """
 
     bits: int
     symmetric: bool = True
     group_size: int | None = None
     """Columns that share one scale; None: a whole row."""
-    kind: Literal["int", "float"] = "int"
+    kind: Literal["int", "float", "normal"] = "int"
     scale: Literal["float", "e4m3", "e8m0"] = "float"
     """What scales are stored in: the weight's own type, E4M3 beside one float32 per tensor, or powers of two."""
     rows: int | None = 1
@@ -40,10 +41,14 @@ class Grid:
 
     @property
     def qmin(self) -> float:
+        if self.kind == "normal":
+            return 0
         return -FLOAT_MAX[self.bits] if self.kind == "float" else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> float:
+        if self.kind == "normal":
+            return (1 << self.bits) - 1
         return FLOAT_MAX[self.bits] if self.kind == "float" else (1 << (self.bits - 1)) - 1
 
     @property
@@ -53,9 +58,9 @@ class Grid:
 
     @property
     def format(self) -> str:
-        """`int4`, `fp8`, `nvfp4`, `mxfp4`."""
-        if self.kind == "int":
-            return f"int{self.bits}"
+        """`int4`, `fp8`, `nvfp4`, `mxfp4`, `nf4`."""
+        if self.kind != "float":
+            return f"{'int' if self.kind == 'int' else 'nf'}{self.bits}"
         return {"float": "fp", "e4m3": "nvfp", "e8m0": "mxfp"}[self.scale] + str(self.bits)
 
     def num_groups(self, columns: int) -> int:
@@ -93,7 +98,7 @@ class Scheme:
     @property
     def name(self) -> str:
         """What a recipe calls it, the granularity of weights left out."""
-        return next((name for name, scheme in FLOAT_SCHEMES.items() if scheme == self), None) or (
+        return next((name for name, scheme in FIXED_SCHEMES.items() if scheme == self), None) or (
             f"w{self.weights.bits}a{self.inputs.bits if self.inputs else 16}"
             f"{'-fp8' if self.inputs and self.inputs.kind == 'float' else ''}{'-static' if self.static else ''}"
         )
@@ -103,6 +108,7 @@ FP8 = Grid(8, kind="float")
 NVFP4 = Grid(4, group_size=16, kind="float", scale="e4m3")
 MXFP4 = Grid(4, group_size=32, kind="float", scale="e8m0")
 FP8_TENSOR = Grid(8, kind="float", rows=None)
+NF4 = Grid(4, group_size=64, kind="normal")
 
 FLOAT_SCHEMES = {
     "fp8": Scheme(FP8, FP8),
@@ -114,18 +120,20 @@ FLOAT_SCHEMES = {
     "mxfp4": Scheme(MXFP4, MXFP4),
     "mxfp4a16": Scheme(MXFP4),
 }
-"""Schemes whose weights are floats: nothing about them is left to choose."""
+"""Schemes whose weights are floats."""
+FIXED_SCHEMES = {**FLOAT_SCHEMES, "nf4": Scheme(NF4)}
+"""Schemes about which nothing is left to choose."""
 
 
 def parse_scheme(name: str, group_size: GroupSize = "auto", symmetric: bool = True) -> Scheme:
-    """The scheme a recipe names, `w4a16`, `w8a8`, `w8a8-static`, `w4a8-fp8` or one of `FLOAT_SCHEMES`.
+    """The scheme a recipe names, `w4a16`, `w8a8`, `w8a8-static`, `w4a8-fp8` or one of `FIXED_SCHEMES`.
 
     Raises ValueError with the names that exist, or with what does not go together.
     """
     if group_size not in ("auto", None) and (not isinstance(group_size, int) or group_size < 1):
         raise ValueError(f"group_size={group_size} must be at least 1, or null for one scale per output channel")
-    if name in FLOAT_SCHEMES:
-        scheme = FLOAT_SCHEMES[name]
+    if name in FIXED_SCHEMES:
+        scheme = FIXED_SCHEMES[name]
         if group_size not in ("auto", scheme.weights.group_size) or not symmetric:
             raise ValueError(f"scheme {name} is symmetric and has its own group_size={scheme.weights.group_size}")
         return scheme
@@ -134,7 +142,7 @@ def parse_scheme(name: str, group_size: GroupSize = "auto", symmetric: bool = Tr
     known = bits in WEIGHT_BITS and (inputs in INPUT_BITS if suffix is None else inputs == 8)
     if not known and not (bits in WEIGHT_BITS and inputs == 16 and suffix is None):
         names = [f"w{WEIGHT_BITS[0]}a16 … w{WEIGHT_BITS[-1]}a16", "the same with a8, a4, a8-static, a8-fp8"]
-        raise ValueError(f"unknown scheme {name!r}; there are {', '.join([*names, *FLOAT_SCHEMES])}")
+        raise ValueError(f"unknown scheme {name!r}; there are {', '.join([*names, *FIXED_SCHEMES])}")
     if group_size == "auto":
         group_size = None if bits == 8 and inputs < 16 else 128
     weights = Grid(bits, symmetric, group_size)

@@ -53,6 +53,9 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.tensors[name].dtype]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
     def read(self, name: str) -> Tensor:
         """The stored tensor in its stored dtype. Raises ModelError where its bytes cannot be read."""
         return read_tensor(self.tensors[name])
@@ -189,8 +192,8 @@ class LazyModel:
             stored = name if name in self.weights else self.tied.get(name, name)
             if stored not in self.weights:
                 problems.append(f"{name} is missing")
-            elif (shape := self.weights.tensors.get(stored)) and shape.shape != tuple(parameter.shape):
-                problems.append(f"{name} has shape {list(shape.shape)}, config.json says {list(parameter.shape)}")
+            elif (shape := self.weights.shape(stored)) != tuple(parameter.shape):
+                problems.append(f"{name} has shape {list(shape)}, config.json says {list(parameter.shape)}")
         if problems:
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise ModelError(f"{self.weights.folder.path}: weights and config.json disagree: {shown}")

@@ -21,8 +21,9 @@ from typing import Any, ClassVar
 from jaxtyping import Int
 from torch import Tensor
 
-from compress.calibrate.block import Block, BlockSite
+from compress.calibrate.block import Block
 from compress.calibrate.branches import Change, divergences
+from compress.calibrate.sites import BlockSite
 from compress.core.allocate import Menu, allocate, frontier, monotone
 from compress.core.scheme import WEIGHT_BITS, Scheme
 from compress.models.store import LazyModel

@@ -268,7 +268,7 @@ class AutoRound:
     def __post_init__(self) -> None:
         parse_scheme(self.scheme, self.group_size, self.symmetric)
         check_range(self.range)
-        if self.resolved.weights.kind == "float":
+        if self.resolved.weights.kind != "int":
             raise ValueError(f"scheme {self.scheme}: autoround learns integer grids, as w4a16 has; use gptq for floats")
         if self.start not in get_args(Start):
             raise ValueError(f"start={self.start!r} must be {' or '.join(get_args(Start))}")

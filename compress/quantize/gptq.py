@@ -19,7 +19,7 @@ Where we go beyond the paper, each step measured on trained weights:
 - Given how the inputs differ from the original model's, the errors of earlier layers are made up for as well
   (`compress.quantize.asymmetric`): W is then replaced by a target from the start.
 
-Float grids (FP8, NVFP4, MXFP4) go through the same loop, with scales chosen beforehand and not revisited.
+Float grids (FP8, NVFP4, MXFP4, NF4) go through the same loop, with scales chosen beforehand and not revisited.
 
 Inputs that never fired have an undefined column in H; they are made independent of all others, so their weights are
 rounded to nearest. Should H defy Cholesky under all damping, so are all weights, and the result says so.
@@ -40,6 +40,7 @@ from compress.core import ranges
 from compress.core.inputs import nearest_level
 from compress.core.linalg import NotPositiveDefinite, dead_columns, inverse_cholesky, pivot_order
 from compress.core.metrics import relative_error
+from compress.core.normal_float import codes_of
 from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
 from compress.core.scheme import Grid, GroupSize, Scheme, parse_scheme
@@ -50,7 +51,8 @@ from compress.quantize.rtn import check_range, naming, rtn
 from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:
-    from compress.calibrate.block import Block, BlockSite
+    from compress.calibrate.block import Block
+    from compress.calibrate.sites import BlockSite
 
 ActOrder = Literal["none", "static", "group"]
 SLICE = 1 << 22
@@ -122,7 +124,7 @@ def gptq(
     upper = upper.div_(upper.diagonal().unsqueeze(1).clone()).float()
     size = max(1, SLICE // weight.shape[1])
     static = act_order == "static"
-    if grid.kind == "float":
+    if grid.kind != "int":
         nearest = rtn(goal, grid, scale_dtype=scale_dtype, range=range, importance=importance)
         steps = zip(start.split(size), nearest.step.split(size), strict=True)
         codes = [_solve_float(rows, upper, pull, order, grid, step, block_size) for rows, step in steps]
@@ -212,7 +214,8 @@ def _solve_float(
         level.copy_(nearest_level(w / S[g], grid))
 
     levels = _round_columns(weight.T[order], upper, pull, group_of, S, block_size, place)
-    return levels[order.argsort()].T.to(torch.float8_e4m3fn).contiguous()
+    levels = levels[order.argsort()].T.contiguous()
+    return codes_of(levels) if grid.kind == "normal" else levels.to(torch.float8_e4m3fn)
 
 
 def _round_columns(

@@ -52,7 +52,7 @@ def hqq(
 
     Raises ValueError on a float grid, NumericalError on NaN or infinite weights.
     """
-    if grid.kind == "float":
+    if grid.kind != "int":
         raise ValueError(f"hqq fits integer grids, and {grid.format} is none. Use rtn or gptq")
     size = max(1, ranges.SLICE // weight.shape[1])
     parts = [_alternate(rows, grid, scale_dtype, p, beta, iterations) for rows in weight.split(size)]
@@ -123,7 +123,7 @@ class HQQ:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.resolved.weights.kind == "float":
+        if self.resolved.weights.kind != "int":
             raise ValueError(f"hqq fits integer grids, scheme {self.scheme} has float weights. Use rtn or gptq")
         if not (0 < self.p <= 1 and self.beta > 0 and self.iterations >= 0):
             given = f"p={self.p}, beta={self.beta}, iterations={self.iterations}"

@@ -43,7 +43,7 @@ def rtn(
     `importance`: E[x²] per input, for `range="importance"`. `largest`: max|w| over the layers that an engine runs as
     one, whose NVFP4 scales must agree. Raises NumericalError on NaN or infinite weights.
     """
-    if grid.kind == "float":
+    if grid.kind != "int":
         mass = importance if range == "importance" else None
         searched = range != "minmax"
         return quantize_float(weight, grid, scale_dtype, search=searched, importance=mass, largest=largest)

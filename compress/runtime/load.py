@@ -21,6 +21,7 @@ from compress.errors import ModelError
 from compress.models.headers import Folder, read_folder
 from compress.models.store import DTYPES, LazyModel, load_tokenizer, local_folder
 from compress.runtime.modules import QuantLinear, put_in_place
+from compress.runtime.normal import NormalLinear
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -76,10 +77,11 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
         _check_linear(modules.get(name), name, folder)
     for names in _launches(weights):
         biases = [weights.read(f"{name}.bias") for name in names if modules[name].bias is not None]
-        layer = QuantLinear.from_quantized(
+        scheme = weights.schemes[names[0]]
+        layer = (NormalLinear if scheme.weights.kind == "normal" else QuantLinear).from_quantized(
             _stacked([weights.quantized(name) for name in names]),
             torch.cat(biases) if biases else None,
-            inputs=weights.schemes[names[0]].inputs,
+            inputs=scheme.inputs,
             input_scale=weights.input_scale(names[0]),
             rotated=weights.online.get(names[0]),
             dtype=dtype,

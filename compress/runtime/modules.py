@@ -14,6 +14,7 @@ from compress.core.inputs import round_inputs
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid, Scheme
 from quant_kernels import Packed
+from quant_kernels.layout import Levels
 
 
 class QuantLinear(nn.Module):
@@ -44,6 +45,7 @@ class QuantLinear(nn.Module):
         self.rotated = rotated
         self.backend = packed.kernel
         self._bits = packed.bits
+        self._rounds_inputs = quant_kernels.rounds_inputs(packed)
         self._packed: Packed | None = None
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scale", packed.scale)
@@ -75,6 +77,7 @@ class QuantLinear(nn.Module):
             bits=weight.grid.bits,
             dtype=dtype,
             device=str(device),
+            inputs=_levels(inputs),
         )
         bias = None if bias is None else bias.detach().to(device=device, dtype=dtype)
         input_scale = None if input_scale is None else input_scale.to(device)
@@ -95,7 +98,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.rotated:
             x = hadamard(x, self.rotated)
-        if self.scheme.inputs:
+        if self.scheme.inputs and not self._rounds_inputs:
             x = round_inputs(x, self.scheme.inputs, self.input_scale)
         return quant_kernels.linear(x, self.packed, self.bias)
 
@@ -110,6 +113,13 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.scheme.name}{group_size}, backend={self.backend}"
         )
+
+
+def _levels(inputs: Grid | None) -> Levels | None:
+    """What a kernel may round inputs to; None where none can: other bits, or scales that are not a token's."""
+    if inputs is None or inputs.bits != 8 or inputs.rows != 1 or inputs.group_size is not None:
+        return None
+    return "int" if inputs.kind == "int" else "fp8"
 
 
 class SharedInput(nn.Module):

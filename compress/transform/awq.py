@@ -37,7 +37,8 @@ from compress.core.scheme import Grid, Scheme
 from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:
-    from compress.calibrate.block import Block, BlockSite
+    from compress.calibrate.block import Block
+    from compress.calibrate.sites import BlockSite
 
 CLIP_STEPS = 10
 """Clipping levels tried: the largest magnitude times 1, 0.95, … 0.55."""

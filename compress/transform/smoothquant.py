@@ -29,7 +29,8 @@ from compress.core.scheme import Scheme
 from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:
-    from compress.calibrate.block import Block, BlockSite
+    from compress.calibrate.block import Block
+    from compress.calibrate.sites import BlockSite
 
 ALPHAS = tuple(step / 20 for step in range(8, 19))
 """0.4 … 0.9, what is searched beside the identity."""

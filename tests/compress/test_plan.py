@@ -52,6 +52,11 @@ def test_a_group_that_divides_no_row_is_an_error_with_place_and_fix(tiny: Path) 
     assert "in_features=64, 128 is not a multiple of group_size=96. Use 64 or 32, or add" in found[0]
 
 
+def test_where_groups_are_fixed_no_other_size_is_offered(tiny: Path) -> None:
+    (found,) = problems(tiny, "stages: [{rtn: {scheme: fp8-block}}]")
+    assert "group_size=128. The groups of fp8-block are fixed: choose another scheme, or add" in found
+
+
 def test_a_selector_that_matches_nothing_is_an_error_with_a_suggestion(tiny: Path) -> None:
     found = problems(tiny, GPTQ.replace("lm_head", "lm_haed"))
     assert found == ("x.yaml:2:41: stages[0].gptq.ignore: 'lm_haed' matches no layer. Did you mean 'lm_head'?",)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.checkpoint import CompressedTensors
 from compress.core.floats import quantize_float
-from compress.core.scheme import FP8, FP8_TENSOR, MXFP4, NVFP4, Grid, Scheme
+from compress.core.scheme import FP8, FP8_TENSOR, MXFP4, NF4, NVFP4, Grid, Scheme
 from compress.errors import NumericalError
 
 BLOCK = Grid(8, group_size=128, kind="float", rows=128)
@@ -41,13 +41,13 @@ def test_every_weight_goes_to_the_nearest_level_of_its_scale(grid: Grid, search:
 
 
 @pytest.mark.parametrize("heavy", [False, True])
-@pytest.mark.parametrize(("grid", "share"), [(NVFP4, 0.95), (MXFP4, 1)], ids=["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(("grid", "share"), [(NVFP4, 0.95), (MXFP4, 1), (NF4, 0.95)], ids=["nvfp4", "mxfp4", "nf4"])
 def test_searching_scales_lowers_the_error(grid: Grid, share: float, heavy: bool) -> None:
     w = weight(heavy)
     assert error(w, grid, search=True) < share * error(w, grid, search=False)
 
 
-@pytest.mark.parametrize("grid", [NVFP4, MXFP4], ids=lambda grid: grid.format)
+@pytest.mark.parametrize("grid", [NVFP4, MXFP4, NF4], ids=lambda grid: grid.format)
 def test_importance_lowers_the_weighted_error(grid: Grid) -> None:
     w, mass = weight(), torch.logspace(-2, 2, 256)[torch.randperm(256, generator=torch.Generator().manual_seed(2))]
     plain, weighted = (

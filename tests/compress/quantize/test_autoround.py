@@ -336,6 +336,7 @@ def test_layers_of_other_stages_are_left_alone(tiny: Path, tmp_path: Path) -> No
     ("fields", "message"),
     [
         ({"scheme": "int4"}, "unknown scheme 'int4'"),
+        ({"scheme": "nf4"}, "scheme nf4: autoround learns integer grids, as w4a16 has; use gptq for floats"),
         ({"scheme": "nvfp4a16"}, "scheme nvfp4a16: autoround learns integer grids, as w4a16 has; use gptq for floats"),
         ({"range": "max"}, "unknown range"),
         ({"start": "awq"}, "start='awq' must be nearest or gptq"),

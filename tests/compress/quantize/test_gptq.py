@@ -11,7 +11,7 @@ from compress.calibrate.observers import Moments
 from compress.core import ranges
 from compress.core.metrics import quadratic_error
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import FP8, FP8_TENSOR, MXFP4, NVFP4, WEIGHT_BITS, Grid, Scheme
+from compress.core.scheme import FP8, FP8_TENSOR, MXFP4, NF4, NVFP4, WEIGHT_BITS, Grid, Scheme
 from compress.errors import NumericalError
 from compress.quantize import gptq as module
 from compress.quantize.asymmetric import Target
@@ -212,7 +212,7 @@ def test_scales_come_in_the_dtype_they_are_stored_in() -> None:
     assert tensor.scale.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("grid", [FP8, FP8_TENSOR, NVFP4, MXFP4], ids=lambda grid: grid.format)
+@pytest.mark.parametrize("grid", [FP8, FP8_TENSOR, NVFP4, MXFP4, NF4], ids=lambda grid: grid.format)
 def test_float_grids_lose_less_output_than_by_rounding_to_nearest(grid: Grid) -> None:
     w, H = weight(48), correlated()
     nearest = rtn(w, grid, scale_dtype=torch.bfloat16, range="importance", importance=H.diagonal())

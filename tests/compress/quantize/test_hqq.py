@@ -169,6 +169,7 @@ def test_only_a_fixed_scale_of_the_inputs_needs_calibration() -> None:
     [
         ({"scheme": "w9a16"}, "unknown scheme 'w9a16'"),
         ({"scheme": "nvfp4"}, "scheme nvfp4 has float weights. Use rtn or gptq"),
+        ({"scheme": "nf4"}, "scheme nf4 has float weights. Use rtn or gptq"),
         ({"p": 0}, "p=0, beta=10.0, iterations=20: p must be above 0"),
         ({"p": 1.5}, "p=1.5, beta=10.0, iterations=20: p must be above 0 and at most 1"),
         ({"beta": 0}, "p=0.7, beta=0, .* beta above 0"),
