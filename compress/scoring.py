@@ -23,15 +23,19 @@ from compress.models.store import load_tokenizer, local_folder, read_config
 
 Progress = Callable[[str, float, str], None]
 """Called with the phase, the share of the whole that is done (0…1), and a few words."""
-STREAMED = {None, *READERS}
-"""Quantization methods whose folders are streamed."""
+
+
+def is_streamed(quantization: Mapping[str, Any]) -> bool:
+    """Whether a folder with this `quantization_config` is streamed; of bitsandbytes only NF4 is."""
+    foreign = quantization.get("load_in_8bit") or quantization.get("bnb_4bit_quant_type", "nf4") != "nf4"
+    return quantization.get("quant_method") in {None, *READERS} and not foreign
 
 
 @contextmanager
 def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Tensor]]:
     """A folder as a function from token ids [batch, length] to logits [batch, length, vocabulary], in float32."""
     quantization = read_json(folder / "config.json").get("quantization_config") or {}
-    if quantization.get("quant_method") in STREAMED:
+    if is_streamed(quantization):
         model = open_model(folder, device=device)
         if model.anatomy.head is None:
             raise ModelError(f"{folder}: is an encoder without a head over the vocabulary; it has no perplexity")
