@@ -12,9 +12,8 @@ A float32 per 64 weights is half a bit per weight. Double quantization stores a 
 The map has a decimal exponent 10^-6 … 10^0 and, the larger that is, the more evenly spaced fractions: 2^i midpoints
 of [0.1, 1] for 10^(i-6), each with both signs, and 0 and 1 (arXiv 2110.02861).
 
-Weights are rounded as bitsandbytes does it, to the bit, and so are scales, but for the few so near to halfway between
-two levels that its table for CPUs takes the wrong one. It chooses codes by the exact maximum and multiplies by the
-rounded one; `nearest_codes` may be given the scales that will be used.
+Weights are rounded as bitsandbytes does it, to the bit. It chooses codes by the exact maximum and multiplies by the
+rounded one; `nearest_codes` may be given the scales that will be used. Quantized scales are only read.
 
 The maximum is not the best scale: `block_scale` tries `SHARES` of it, which takes 12 % off the squared error of weights
 from a normal distribution, and as much off that of trained ones.
@@ -113,17 +112,6 @@ def dequantize(codes: UInt8[Tensor, "out in"], scale: Float[Tensor, "out groups"
     """The weights these codes stand for, in float32."""
     levels = level_table(codes.device)[codes.long()]
     return (levels.view(*scale.shape, -1) * scale.float().unsqueeze(-1)).view(codes.shape)
-
-
-def nest(scale: Float[Tensor, "out groups"]) -> NestedScales:
-    """The scales, quantized themselves."""
-    flat, mean = scale.float().flatten(), scale.float().mean()
-    padded = torch.nn.functional.pad(flat - mean, (0, -flat.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    largest = padded.abs().amax(dim=1)
-    relative = (padded * (1 / largest.clamp(min=TINY)).unsqueeze(1)).flatten()[: flat.numel()]
-    levels = dynamic_map(scale.device)
-    codes = torch.bucketize(relative, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
-    return NestedScales(codes.view(scale.shape), largest, float(mean))
 
 
 @cache

@@ -70,7 +70,14 @@ class QuantLinear(nn.Module):
         `rotated`: the size of the Hadamard matrix that inputs are rotated by first, in runs. `inputs`: the grid they
         are rounded to then.
         """
-        packed = quant_kernels.pack(
+        packed = cls._pack(weight, inputs, dtype, device)
+        bias = None if bias is None else bias.detach().to(device=device, dtype=dtype)
+        input_scale = None if input_scale is None else input_scale.to(device)
+        return cls(packed, bias, Scheme(weight.grid, inputs), input_scale, rotated)
+
+    @staticmethod
+    def _pack(weight: QuantizedTensor, inputs: Grid | None, dtype: torch.dtype, device: str | torch.device) -> Packed:
+        return quant_kernels.pack(
             weight.codes,
             weight.scale if weight.grid.kind == "int" else weight.step,
             weight.zero_point,
@@ -79,9 +86,6 @@ class QuantLinear(nn.Module):
             device=str(device),
             inputs=_levels(inputs),
         )
-        bias = None if bias is None else bias.detach().to(device=device, dtype=dtype)
-        input_scale = None if input_scale is None else input_scale.to(device)
-        return cls(packed, bias, Scheme(weight.grid, inputs), input_scale, rotated)
 
     @property
     def packed(self) -> Packed:
@@ -100,6 +104,9 @@ class QuantLinear(nn.Module):
             x = hadamard(x, self.rotated)
         if self.scheme.inputs and not self._rounds_inputs:
             x = round_inputs(x, self.scheme.inputs, self.input_scale)
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         return quant_kernels.linear(x, self.packed, self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

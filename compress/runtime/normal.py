@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compress.core.normal_float import level_table
 from compress.core.qtensor import QuantizedTensor
-from compress.core.scheme import Grid, Scheme
+from compress.core.scheme import Grid
 from compress.runtime.modules import QuantLinear
 from quant_kernels import Packed, reference
 from quant_kernels.layout import unpack_nibbles
@@ -16,25 +16,12 @@ from quant_kernels.layout import unpack_nibbles
 class NormalLinear(QuantLinear):
     """`y = x · Wᵀ + bias` with W in NF4, two codes to a byte; every device runs it, and no kernel does yet."""
 
-    @classmethod
-    def from_quantized(
-        cls,
-        weight: QuantizedTensor,
-        bias: Tensor | None = None,
-        *,
-        inputs: Grid | None = None,
-        input_scale: Tensor | None = None,
-        rotated: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> NormalLinear:
-        """Pack a weight for activations of `dtype` on `device`, neither rounded nor rotated."""
+    @staticmethod
+    def _pack(weight: QuantizedTensor, inputs: Grid | None, dtype: torch.dtype, device: str | torch.device) -> Packed:
         codes = weight.codes.view(torch.int8).to(device)
-        packed = reference.pack(codes, weight.scale.to(device), None, weight.grid.bits)
-        bias = None if bias is None else bias.detach().to(device=device, dtype=dtype)
-        return cls(packed, bias, Scheme(weight.grid))
+        return reference.pack(codes, weight.scale.to(device), None, weight.grid.bits)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
         y = reference.linear_by_rows(tokens, self.packed, self.bias, dequantize_rows)
         return y.view(*x.shape[:-1], self.out_features)

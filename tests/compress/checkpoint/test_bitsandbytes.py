@@ -13,7 +13,7 @@ import compress
 from compress.checkpoint.bitsandbytes import STATE, BitsAndBytes, decode_nf4, encode_nf4, pack_nibbles, read_state
 from compress.checkpoint.weights import open_model
 from compress.core.floats import quantize_float
-from compress.core.normal_float import NESTED_BLOCK, NestedScales, block_maximum, dynamic_map, nest
+from compress.core.normal_float import NESTED_BLOCK, TINY, NestedScales, block_maximum, dynamic_map
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import NF4, Scheme, parse_scheme
 from compress.errors import ModelError, RecipeError
@@ -26,6 +26,17 @@ from compress.recipe import parse
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 TOKENS = torch.arange(2, 42).view(2, 20)
+
+
+def nest(scale: Tensor) -> NestedScales:
+    """Scales as others quantize them in turn."""
+    flat, mean = scale.float().flatten(), scale.float().mean()
+    padded = torch.nn.functional.pad(flat - mean, (0, -flat.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    largest = padded.abs().amax(dim=1)
+    relative = (padded * (1 / largest.clamp(min=TINY)).unsqueeze(1)).flatten()[: flat.numel()]
+    levels = dynamic_map(scale.device)
+    codes = torch.bucketize(relative, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+    return NestedScales(codes.view(scale.shape), largest, float(mean))
 
 
 def weight(rows: int = 96, columns: int = 320, dtype: torch.dtype = torch.float32) -> Tensor:
