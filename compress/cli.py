@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ EXAMPLES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run one command, and turn what went wrong into a sentence and an exit code."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too; nobody watches them
     arguments = parser().parse_args(argv)
     try:
         return arguments.command(arguments)

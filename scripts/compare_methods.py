@@ -50,6 +50,7 @@ def methods(group_size: int | None) -> dict[str, list[Any]]:
         ],
         "3 bits, GPTQ, importance, two sweeps": [GPTQ(**three)],
         "3 bits, the same, by GPTAQ": [GPTQ(**three, asymmetric="gptaq")],
+        "3 bits, the same, by Qronos": [GPTQ(**three, asymmetric="qronos")],
         "3 bits, the same, made up for earlier layers": [GPTQ(**three, asymmetric=True)],
         "3 bits, HQQ": [HQQ(**three)],
         "3 bits, AutoRound": [AutoRound(**three)],

@@ -1,4 +1,4 @@
-"""One quantization by llm-compressor, for compare_llmcompressor.py; runs in llm-compressor's own environment.
+"""One quantization by llm-compressor, for compare_peer.py; runs in llm-compressor's own environment.
 
 Takes one job as JSON on the command line, prints what it cost as JSON in the last line of standard output.
 """

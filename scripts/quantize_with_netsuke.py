@@ -1,4 +1,4 @@
-"""One quantization by netsuke, for compare_llmcompressor.py: the same job, the same answer as its peer's.
+"""One quantization by netsuke, for compare_peer.py: the same job, the same answer as its peer's.
 
 What is measured ends where the run begins to verify its files: until then it reads text, calibrates, quantizes and
 writes. It begins when the code of the model and of its tokenizer has been imported, as it has for the peer, which is

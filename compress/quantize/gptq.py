@@ -45,7 +45,7 @@ from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
 from compress.core.scheme import Grid, GroupSize, Scheme, parse_scheme
 from compress.errors import NumericalError
-from compress.quantize.asymmetric import LIMIT, Target, closed_form, gptaq
+from compress.quantize.asymmetric import LIMIT, Target, closed_form, gptaq, qronos
 from compress.quantize.refine import refine
 from compress.quantize.rtn import check_range, naming, rtn
 from compress.stage import LayerReport, Role
@@ -92,7 +92,7 @@ def gptq(
     """Quantize `weight` for inputs with second moments `hessian`.
 
     With the moments `cross` of the original model's inputs with these, the output to reproduce is that of the original:
-    by the closed form, or by GPTAQ in the loop and the closed form in the refinement; `share` of the way.
+    by the closed form, or by GPTAQ or Qronos in the loop and the closed form in the refinement; `share` of the way.
 
     The column loop runs in float32, the factorisation in the dtype of `hessian` (float64 wanted). `block_size`: columns
     between two updates of all later columns, which changes the speed only. `sweeps` of refinement, 0 for plain GPTQ.
@@ -121,6 +121,8 @@ def gptq(
     start, pull = goal, None
     if cross is not None and target == "gptaq":
         start, pull = weight.float(), gptaq(observed, cross, upper, order, share=share).float()
+    elif cross is not None and target == "qronos":
+        start = qronos(weight.float(), goal, observed, cross, upper, order, share=share)
     upper = upper.div_(upper.diagonal().unsqueeze(1).clone()).float()
     size = max(1, SLICE // weight.shape[1])
     static = act_order == "static"

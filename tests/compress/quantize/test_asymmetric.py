@@ -14,7 +14,7 @@ from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid
 from compress.errors import NumericalError
 from compress.quantize import asymmetric as module
-from compress.quantize.asymmetric import LIMIT, Target, closed_form, gptaq
+from compress.quantize.asymmetric import LIMIT, Target, closed_form, gptaq, qronos
 from compress.quantize.gptq import ActOrder, gptq
 
 WIDTH = 12
@@ -68,6 +68,23 @@ def test_on_any_grid_the_weights_nearest_to_the_target_reproduce_the_original_ou
     distance = (((every - target) @ H) * (every - target)).sum(1)
     assert torch.allclose(error - distance, (error - distance)[0].expand(len(every)), rtol=1e-6)
     assert error.argmin() == distance.argmin()
+
+
+def test_qronos_rounds_one_column_as_if_alone_and_lets_the_others_solve_the_problem_that_leaves() -> None:
+    x, given = streams(0.05)
+    H, G = moments(x, given)
+    w = weight()
+    goal, _ = closed_form(w, H, G, damping=1e-14, share=1)
+    order = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(2))
+    upper, _ = inverse_cholesky(H, 1e-14, order)
+    start = qronos(w, goal, H, G, upper, order, share=1)
+    first, rest = order[0], order[1:]
+    alone = torch.linalg.lstsq(given[:, first : first + 1], x @ w.T - given[:, rest] @ w[:, rest].T).solution[0]
+    assert torch.allclose(start[:, first], alone)
+    rounded = alone.mul(4).round().div(4)
+    fed_back = start[:, rest] - (alone - rounded).outer(upper[0, 1:] / upper[0, 0])
+    left = x @ w.T - given[:, first].outer(rounded)
+    assert torch.allclose(fed_back, torch.linalg.lstsq(given[:, rest], left).solution.T, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

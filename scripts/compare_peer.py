@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""netsuke beside llm-compressor: the same model, tokens and grids, and one judge of what comes out.
+"""netsuke beside another toolkit: the same model, tokens and grids, and one judge of what comes out.
 
-    scripts/compare_llmcompressor.py --peer-python PEER/bin/python --model DIR --calibration FILE --test FILE
+    scripts/compare_peer.py PEER --peer-python PEER/bin/python --model DIR --calibration FILE --test FILE
 
-llm-compressor runs in an environment of its own. Each quantization is a process on one thread, and both
-toolkits see the very same windows of tokens. Every resulting folder is then loaded by transformers with
-compressed-tensors, not by its maker, and scored against the original in float32. Seconds are the CPU time of
+PEER is llm-compressor or auto-round, which runs in an environment of its own. Each quantization is a process on one
+thread, and both toolkits see the very same windows of tokens. Every resulting folder is then loaded by transformers
+with compressed-tensors, not by its maker, and scored against the original in float32. Seconds are the CPU time of
 calibrating and quantizing, memory is the peak above the imports. The table replaces what the results file has
-between its two marks. Linux only.
+between the two marks of this peer. Linux only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from eval.evaluate import logits_of, score_texts
 
 SCRIPTS = Path(__file__).resolve().parent
 RESULTS = SCRIPTS.parent / "recipes" / "RESULTS.md"
-BEGIN, END = "<!-- compare_llmcompressor -->", "<!-- /compare_llmcompressor -->"
 SEED = 0
 
 
@@ -45,36 +44,64 @@ class Cell:
     bits: int
     group_size: int
     symmetric: bool
-    sweeps: int | None = None
-    """Of netsuke's refinement after GPTQ, which its peer has not; None: as the recipe has it."""
+    only_ours: tuple[str, ...] = ()
+    """Settings of netsuke's stage for which its peer has no like."""
+    words: str = ""
+    """What those do."""
 
     @property
     def title(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
-        plain = ", without refinement" if self.sweeps == 0 else ""
-        return f"{self.method.upper()}, {self.bits} bits in groups of {self.group_size}, {kind}{plain}"
+        return f"{self.method.upper()}, {self.bits} bits in groups of {self.group_size}, {kind}{self.words}"
 
     @property
     def overrides(self) -> list[str]:
         """The cell as settings of a netsuke recipe."""
-        fields = {
-            "scheme": f"w{self.bits}a16",
-            "group_size": self.group_size,
-            "symmetric": str(self.symmetric).lower(),
-        }
-        if self.sweeps is not None:
-            fields["sweeps"] = self.sweeps
-        return [f"{self.method}.{name}={value}" for name, value in fields.items()]
+        fields = (
+            f"scheme=w{self.bits}a16",
+            f"group_size={self.group_size}",
+            f"symmetric={str(self.symmetric).lower()}",
+        )
+        return [f"{self.method}.{field}" for field in fields + self.only_ours]
 
 
-CELLS = (
-    Cell("rtn", bits=4, group_size=128, symmetric=True),
-    Cell("gptq", bits=4, group_size=128, symmetric=True),
-    Cell("gptq", bits=4, group_size=128, symmetric=True, sweeps=0),
-    Cell("gptq", bits=3, group_size=128, symmetric=True),
-    Cell("gptq", bits=3, group_size=128, symmetric=False),
-    Cell("gptq", bits=2, group_size=64, symmetric=False),
-)
+@dataclass(frozen=True)
+class Peer:
+    """Another toolkit."""
+
+    module: str
+    script: Path
+    cells: tuple[Cell, ...]
+    words: str
+    """How it was used."""
+
+
+PEERS = {
+    "llm-compressor": Peer(
+        "llmcompressor",
+        SCRIPTS / "quantize_with_llmcompressor.py",
+        (
+            Cell("rtn", bits=4, group_size=128, symmetric=True),
+            Cell("gptq", bits=4, group_size=128, symmetric=True),
+            Cell("gptq", 4, 128, symmetric=True, only_ours=("sweeps=0",), words=", without refinement"),
+            Cell("gptq", bits=3, group_size=128, symmetric=True),
+            Cell("gptq", bits=3, group_size=128, symmetric=False),
+            Cell("gptq", bits=2, group_size=64, symmetric=False),
+        ),
+        "which is also how it stores scales and whatever it does not quantize, and has its defaults otherwise",
+    ),
+    "auto-round": Peer(
+        "auto_round",
+        SCRIPTS / "quantize_with_autoround.py",
+        (
+            Cell("autoround", bits=4, group_size=128, symmetric=True),
+            Cell("autoround", bits=3, group_size=128, symmetric=False),
+            Cell("autoround", bits=2, group_size=64, symmetric=False),
+            Cell("autoround", 2, 64, symmetric=False, only_ours=("start=gptq",), words=", from GPTQ"),
+        ),
+        "and learns for 200 iterations of 8 windows as netsuke does; it is scored with its own rounded weights",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -99,13 +126,14 @@ class Job:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare netsuke with llm-compressor.")
-    parser.add_argument("--peer-python", required=True, help="python of an environment with llmcompressor")
+    parser = argparse.ArgumentParser(description="Compare netsuke with another toolkit.")
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("--peer-python", required=True, help="python of an environment that has it")
     parser.add_argument(
         "--peer-dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="what llm-compressor computes in, and stores every tensor in that it does not quantize",
+        help="what the peer computes in, and stores every tensor in that it does not quantize",
     )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
@@ -128,14 +156,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as work:
         rows = list(measure(jobs(options, windows, Path(work)), Path(work) / "out", windows.hash, score))
-    write_section(options.results, "\n".join([preamble(options, windows), "", *table(rows)]))
+    write_section(options.results, options.peer, "\n".join([preamble(options, windows), "", *table(rows)]))
 
 
 def jobs(options: argparse.Namespace, windows: Windows, work: Path) -> Iterator[Job]:
     """Both toolkits on every cell."""
     tokens = work / "windows.json"
     tokens.write_text(json.dumps(windows.tokens.tolist()), encoding="utf-8")
-    ours, peers = SCRIPTS / "quantize_with_netsuke.py", SCRIPTS / "quantize_with_llmcompressor.py"
+    ours, peer = SCRIPTS / "quantize_with_netsuke.py", PEERS[options.peer]
     data = {
         "samples": options.samples,
         "sequence_length": options.length,
@@ -143,11 +171,11 @@ def jobs(options: argparse.Namespace, windows: Windows, work: Path) -> Iterator[
     }
     calibration = [f"calibration.{name}={value}" for name, value in data.items()]
     common = {"model": str(options.model.resolve()), "calibration": str(options.calibration.resolve())}
-    for cell in CELLS:
+    for cell in peer.cells:
         request = common | {"recipe": f"w4a16-{cell.method}", "overrides": cell.overrides + calibration}
         yield Job(cell.title, "netsuke", sys.executable, ours, request)
         request = common | vars(cell) | {"windows": str(tokens), "dtype": options.peer_dtype}
-        yield Job(cell.title, "llm-compressor", options.peer_python, peers, request)
+        yield Job(cell.title, options.peer, options.peer_python, peer.script, request)
 
 
 def measure(
@@ -174,18 +202,18 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 def preamble(options: argparse.Namespace, windows: Windows) -> str:
-    versions = "import llmcompressor, torch; print(llmcompressor.__version__, torch.__version__)"
+    peer = PEERS[options.peer]
+    versions = f"import {peer.module}, torch; print({peer.module}.__version__, torch.__version__)"
     asked = subprocess.run([options.peer_python, "-c", versions], stdout=subprocess.PIPE, text=True, check=True)
     release, peer_torch = asked.stdout.split()[-2:]
     count, length = windows.tokens.shape
     return (
         f"`{options.model.name}`, calibrated on the same {count} × {length} tokens of "
         f"`{options.calibration.name}`, scored on `{options.test.name}` against the original. "
-        f"llm-compressor {release} (torch {peer_torch}) loads the model in {options.peer_dtype}, which is also how it "
-        "stores scales and whatever it does not quantize, and has its defaults otherwise; its saving is not timed, "
-        f"netsuke's is. netsuke runs on torch {torch.__version__}. One thread each; ± is one standard error; "
-        f"{f'the first {options.limit}' if options.limit else 'all'} windows are scored.\n\n"
-        f"`scripts/compare_llmcompressor.py --peer-python PEER/bin/python --peer-dtype {options.peer_dtype} "
+        f"{options.peer} {release} (torch {peer_torch}) loads the model in {options.peer_dtype}, {peer.words}. Its "
+        f"saving is not timed, netsuke's is. netsuke runs on torch {torch.__version__}. One thread each; ± is one "
+        f"standard error; {f'the first {options.limit}' if options.limit else 'all'} windows are scored.\n\n"
+        f"`scripts/compare_peer.py {options.peer} --peer-python PEER/bin/python --peer-dtype {options.peer_dtype} "
         f"--model {options.model.name} --calibration {options.calibration.name} --test {options.test.name}"
         f"{f' --limit {options.limit}' if options.limit else ''}`"
     )
@@ -218,14 +246,15 @@ def row(result: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_section(file: Path, content: str) -> None:
+def write_section(file: Path, peer: str, content: str) -> None:
     """Puts the content between the marks; a file without them gets them, and a heading, at its end."""
+    begin, end = f"<!-- compare_peer {peer} -->", f"<!-- /compare_peer {peer} -->"
     text = file.read_text(encoding="utf-8") if file.exists() else "# Results\n"
-    if BEGIN not in text:
-        text = f"{text.rstrip()}\n\n## Beside llm-compressor\n\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    file.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
+    if begin not in text:
+        text = f"{text.rstrip()}\n\n## Beside {peer}\n\n{begin}\n{end}\n"
+    before, rest = text.split(begin, 1)
+    after = rest.split(end, 1)[1]
+    file.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
