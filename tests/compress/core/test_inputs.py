@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.core.inputs import input_scale, round_inputs
+from compress.core.inputs import clipping_scale, input_scale, round_inputs
 from compress.core.scheme import FP8, MXFP4, NVFP4, Grid
 
 INT8, INT4 = Grid(8), Grid(4)
@@ -97,3 +97,20 @@ def test_the_official_package_rounds_to_the_same_numbers(grid: Grid, arguments: 
     overall = input_scale(x.abs().amax(), grid) if grid.overall else None
     scale, zero_point = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1), overall)
     assert torch.equal(round_inputs(x, grid, overall), fake_quantize(x, scale, zero_point, args, overall))
+
+
+def test_a_range_is_clipped_where_that_loses_less() -> None:
+    x = tokens().flatten(0, 1)
+    even, rare = torch.ones(64), x.clone()
+    rare[0, 0] = 100 * x.abs().amax()
+    largest = rare.abs().amax()
+
+    def lost(scale: torch.Tensor, importance: torch.Tensor) -> float:
+        return float((round_inputs(rare, STATIC, scale) - rare).square().sum(dim=0) @ importance)
+
+    ignored = even.clone()
+    ignored[0] = 0
+    assert clipping_scale(rare, STATIC, largest, ignored) < 0.3 * input_scale(largest, STATIC)
+    assert lost(clipping_scale(rare, STATIC, largest, ignored), ignored) < lost(input_scale(largest, STATIC), ignored)
+    assert clipping_scale(rare, STATIC, largest, even) == input_scale(largest, STATIC), "one number holds all energy"
+    assert clipping_scale(x * 0, STATIC, x.new_zeros(()), even) > 0
