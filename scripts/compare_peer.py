@@ -34,6 +34,7 @@ from eval.evaluate import logits_of, score_texts
 SCRIPTS = Path(__file__).resolve().parent
 RESULTS = SCRIPTS.parent / "recipes" / "RESULTS.md"
 SEED = 0
+EARLIER = ", made up for earlier layers"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Cell:
     """Settings of netsuke's stage for which its peer has no like."""
     words: str = ""
     """What those do."""
+    alone: bool = False
+    """Whether the peer has nothing like it."""
 
     @property
     def title(self) -> str:
@@ -94,10 +97,10 @@ PEERS = {
         "auto_round",
         SCRIPTS / "quantize_with_autoround.py",
         (
-            Cell("autoround", bits=4, group_size=128, symmetric=True),
-            Cell("autoround", bits=3, group_size=128, symmetric=False),
-            Cell("autoround", bits=2, group_size=64, symmetric=False),
+            Cell("gptq", 3, 128, symmetric=False, only_ours=("asymmetric=true",), words=EARLIER, alone=True),
+            Cell("gptq", 2, 64, symmetric=False, only_ours=("asymmetric=true",), words=EARLIER, alone=True),
             Cell("autoround", 2, 64, symmetric=False, only_ours=("start=gptq",), words=", from GPTQ"),
+            Cell("autoround", bits=3, group_size=128, symmetric=False),
         ),
         "and learns for 200 iterations of 8 windows as netsuke does; it is scored with its own rounded weights",
     ),
@@ -174,6 +177,8 @@ def jobs(options: argparse.Namespace, windows: Windows, work: Path) -> Iterator[
     for cell in peer.cells:
         request = common | {"recipe": f"w4a16-{cell.method}", "overrides": cell.overrides + calibration}
         yield Job(cell.title, "netsuke", sys.executable, ours, request)
+        if cell.alone:
+            continue
         request = common | vars(cell) | {"windows": str(tokens), "dtype": options.peer_dtype}
         yield Job(cell.title, options.peer, options.peer_python, peer.script, request)
 

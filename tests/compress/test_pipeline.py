@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -103,25 +102,36 @@ def test_two_runs_write_the_same_bytes(tiny: Path, text: Path, finished: Path, t
     assert contents(tmp_path / "again") == contents(finished)
 
 
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+
+import compress
+
+request = json.loads(sys.argv[1])
+manifest, stop_after = Path(request.pop("manifest")), request.pop("stop_after")
+
+
+def kill(phase, share, words):
+    if manifest.exists() and json.loads(manifest.read_text())["blocks"] >= stop_after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+compress.run("w4a16-gptq", **request, progress=kill)
+"""
+
+
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_killed_run_resumes_to_the_same_bytes(
     tiny: Path, text: Path, finished: Path, tmp_path: Path, stop_after: int
 ) -> None:
     output = tmp_path / "out"
-    overrides = [word for override in SMALL for word in ("--set", override)]
-    command = [sys.executable, "-m", "compress.cli", "run", "w4a16-gptq", "--model", str(tiny)]
-    command += ["--calibration", str(text), "--output", str(output), *overrides]
-    environment = dict(os.environ, PYTHONPATH=str(Path(compress.__file__).parents[1]))
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
     manifest = tmp_path / "out.partial" / ".netsuke" / "manifest.json"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and run.poll() is None:
-        if manifest.exists() and json.loads(manifest.read_text())["blocks"] >= stop_after:
-            run.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    _, complaint = run.communicate()
-    assert run.returncode == -signal.SIGKILL, complaint.decode()
+    request = {"model": tiny, "calibration": text, "output": output, "manifest": manifest}
+    request = {name: str(value) for name, value in request.items()} | {"overrides": SMALL, "stop_after": stop_after}
+    environment = dict(os.environ, PYTHONPATH=str(Path(compress.__file__).parents[1]))
+    run = subprocess.run([sys.executable, "-c", KILLED, json.dumps(request)], env=environment, stderr=subprocess.PIPE)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     assert not output.exists()
     compressed(tiny, text, output, resume=True)
     assert contents(output) == contents(finished)

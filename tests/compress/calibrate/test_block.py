@@ -11,7 +11,7 @@ from compress.calibrate.activations import Activations
 from compress.calibrate.block import Block
 from compress.calibrate.walk import enter, walk
 from compress.core.affine import quantize
-from compress.core.inputs import round_inputs
+from compress.core.inputs import NARROWEST, SHARES, round_inputs
 from compress.core.ranges import minmax
 from compress.core.scheme import Grid
 from compress.models.store import LazyModel
@@ -146,13 +146,14 @@ def test_statistics_are_of_inputs_as_they_come_even_after_a_layer_rounds_them(bl
     assert torch.equal(block.moments(site).hessian, before)
 
 
-def test_one_scale_for_all_tokens_covers_the_largest_input(block: Block) -> None:
+def test_one_scale_for_all_tokens_covers_at_most_the_largest_input(block: Block) -> None:
     site, grid = block.sites[0], Grid(8, rows=None)
     largest = observed_directly(block, site.layers[0]).abs().max()
     name = site.layers[0]
     tensor = quantize(block.weight(name), *minmax(block.weight(name), Grid(8), torch.bfloat16), Grid(8))
     block.quantize(name, tensor, grid)
-    assert float(block.input_scales[name]) == pytest.approx(float(largest) / 127.5, rel=2**-8)
+    tried = torch.linspace(1, NARROWEST, SHARES) * float(largest) / 127.5
+    assert ((block.input_scales[name].float() / tried - 1).abs() < 2**-8).any()
 
 
 def watch(module: nn.Module, name: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
