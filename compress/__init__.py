@@ -23,6 +23,7 @@ _HOME = {
     "GPTQ": "compress.quantize.gptq",
     "Grid": "compress.core.scheme",
     "HQQ": "compress.quantize.hqq",
+    "LowRank": "compress.quantize.low_rank",
     "ModelError": "compress.errors",
     "NetsukeError": "compress.errors",
     "OutputError": "compress.errors",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from compress.quantize.bias_correction import BiasCorrection as BiasCorrection
     from compress.quantize.gptq import GPTQ as GPTQ
     from compress.quantize.hqq import HQQ as HQQ
+    from compress.quantize.low_rank import LowRank as LowRank
     from compress.quantize.rtn import RTN as RTN
     from compress.recipe import Recipe as Recipe
     from compress.runtime.generate import generate as generate

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint import format_of
+from compress.checkpoint.adapter import Adapter, open_adapter
 from compress.models import anatomy_for
 from compress.models.headers import canonical, read_folder
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What `netsuke inspect` prints: format, layers with scheme, shape and bytes, bits per weight, KV cache."""
+    """What `netsuke inspect` prints: format, layers with scheme, rank, shape and bytes, bits per weight, KV cache."""
     folder = read_folder(path)
     config = folder.config
     anatomy = anatomy_for(config, folder.shapes)
@@ -19,6 +20,7 @@ def inspect(path: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     form = format_of(config) if quantization else None
     schemes = form.schemes(quantization, tensors) if form and quantization else {}
+    adapter = open_adapter(path) if quantization else Adapter(path)
     owners: dict[str, list[str]] = {}
     for name in tensors:
         stems = name.rpartition(".")[0], name.partition(".weight.")[0]
@@ -28,6 +30,7 @@ def inspect(path: Path) -> dict[str, Any]:
     weights = bits = 0
     for layer, names in owners.items():
         total = sum(tensors[name].nbytes for name in names if not name.endswith(".bias"))
+        total += adapter.bytes.get(layer, 0)
         scheme = schemes.get(layer)
         if form and scheme:
             shape = form.shape(layer, tensors, scheme.weights)
@@ -41,6 +44,7 @@ def inspect(path: Path) -> dict[str, Any]:
                 "scheme": scheme.name if scheme else None,
                 "group_size": scheme.weights.group_size if scheme else None,
                 "dtype": scheme.weights.format if scheme else tensors[names[0]].dtype,
+                "rank": adapter.products[layer][1] if layer in adapter.products else None,
                 "shape": list(shape),
                 "bytes": total,
             }
@@ -50,6 +54,6 @@ def inspect(path: Path) -> dict[str, Any]:
         "family": anatomy.family,
         "layers": layers,
         "bits_per_weight": bits / weights if weights else None,
-        "bytes": folder.bytes,
+        "bytes": folder.bytes + (adapter.file.stat().st_size if adapter.products else 0),
         "kv_cache": (quantization or {}).get("kv_cache_scheme"),
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress.calibrate import BATCH_TOKENS
@@ -22,6 +22,7 @@ from compress.calibrate.block import Block
 from compress.calibrate.capture import finish
 from compress.calibrate.data import Windows, calibration_windows, first_tokens, is_file, read_dataset
 from compress.calibrate.walk import enter, inputs_of, walk
+from compress.checkpoint.adapter import ADAPTER, adapter_config, create_adapter, open_adapter, write_products
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key, write_atomically
 from compress.checkpoint.weights import open_model
@@ -74,6 +75,8 @@ class Job:
             manifest = Manifest(path, key, seconds=[0.0] * stages, layers=[[] for _ in range(stages)])
         folder.open(resume=resume)
         manifest.save()
+        if plan.recipe.view and plan.recipe.view.calibrated:
+            model = _learned(plan, folder, model, windows, manifest, tell)
         if plan.units:
             tell("allocate", 0.0, f"measuring {len(plan.units)} units")
             if "allocation" not in manifest.facts:
@@ -94,12 +97,19 @@ class Job:
         entrance = enter(self.model, self.windows.tokens, inputs_of(0, self.folder.scratch), resumed=done > 0)
         self.manifest.width = entrance.inputs.width
         inputs = self._activation_file(done) if done else entrance.inputs
+        if self.plan.products and not done:
+            modules = [name for name, _ in self.model.module.named_modules()]
+            config = adapter_config(self.plan.products, modules, causal=self.plan.anatomy.head is not None)
+            create_adapter(self.folder.partial / ADAPTER, config, self.plan.products)
         self.say("blocks", f"block {done + 1} of {self.plan.num_blocks}")
-        two, packs = self.plan.recipe.two_streams, self.plan.format.packs
-        steps = walk(self.model, entrance, inputs, self.folder.scratch, self.work, done, two, packs)
+        two, form = self.plan.recipe.two_streams, self.plan.format
+        scales = form.scale_dtype(self.plan.quantized.values())
+        steps = walk(self.model, entrance, inputs, self.folder.scratch, self.work, done, two, form.packs, scales)
         for block, outputs in steps:
             shard = self._encode(block)
             self.folder.write_shard(block.index, shard)
+            if self.plan.products:
+                write_products(self.folder.partial / ADAPTER, self.plan.products, block.compensated)
             self._read_back(block)
             self.manifest.blocks = block.index + 1
             self.manifest.save()
@@ -127,6 +137,8 @@ class Job:
                 inputs = self.plan.quantized[layer].inputs
                 scale = block.input_scales.get(layer)
                 encoded = self.plan.format.encode(stored_as, block.quantized[layer], inputs, scale)
+                if layer in block.compensated and not self.plan.format.packs:
+                    encoded = {key: block.approximation(layer).to(value.dtype) for key, value in encoded.items()}
                 turned = self.plan.anatomy.transposed
                 tensors |= {key: value.t() if turned else value for key, value in encoded.items()}
             elif name in block.rewritten:
@@ -136,17 +148,24 @@ class Job:
         return tensors
 
     def _read_back(self, block: Block) -> None:
-        """What lies on disk must decode to exactly the codes and scales that the stages decided on."""
+        """What lies on disk must decode to exactly the codes, scales and products that the stages decided on."""
         if not self.plan.format.packs:
             return
-        stored = load_file(self.folder.partial / self.folder.shard_name(block.index))
+        shard = self.folder.partial / self.folder.shard_name(block.index)
+        stored, adapter = load_file(shard), open_adapter(self.folder.partial)
+        wrong: list[tuple[Path, str]] = []
         for layer, tensor in block.quantized.items():
             name = self.model.weights.tensors[f"{layer}.weight"].name.removesuffix(".weight")
             if self.plan.format.decode(name, stored, tensor.grid) != tensor:
-                raise VerificationError(
-                    f"{self.folder.partial / self.folder.shard_name(block.index)}: {layer} does not decode to what "
-                    "was encoded. The disk or its memory is faulty, or this is a bug: please report it"
-                )
+                wrong.append((shard, layer))
+        for layer, factors in block.compensated.items():
+            if not all(map(torch.equal, adapter.read(layer), (factor.cpu() for factor in factors))):
+                wrong.append((adapter.file, layer))
+        if wrong:
+            raise VerificationError(
+                f"{wrong[0][0]}: {wrong[0][1]} does not decode to what was encoded. "
+                "The disk or its memory is faulty, or this is a bug: please report it"
+            )
 
     # ---- finish ------------------------------------------------------------------------------------------------
 
@@ -256,7 +275,7 @@ class Job:
             "model": str(plan.folder.path),
             "stages": stages,
             "bytes_before": plan.bytes_before,
-            "bytes_after": sum(file.stat().st_size for file in self.folder.partial.glob("*.safetensors")),
+            "bytes_after": sum(file.stat().st_size for file in self.folder.weight_files),
             "bits_per_weight": plan.bits_per_weight,
             "calibration": self._calibration(),
             "peak_memory_bytes": peak_memory_so_far(),
@@ -267,6 +286,7 @@ class Job:
             "gates": _gates(plan, evaluation),
             "verification": manifest.facts["verification"],
             "allocation": manifest.facts.get("allocation"),
+            "rotation": manifest.facts.get("rotation"),
             "notes": list(plan.notes),
             "roles": {layer.name: layer.role for layer in plan.layers},
             "block_of": {layer.name: layer.block for layer in plan.layers if layer.block is not None},
@@ -297,6 +317,25 @@ class Job:
         return Activations(
             inputs_of(index, self.folder.scratch), length, self.manifest.width, self.model.dtype, windows
         )
+
+
+def _learned(
+    plan: Plan, folder: OutputFolder, model: LazyModel, windows: Windows, manifest: Manifest, tell: Progress
+) -> LazyModel:
+    """The model as a view shows it that has learned from calibration; learned once, and kept for a resumed run."""
+    file = folder.scratch / "learned.safetensors"
+    if "rotation" not in manifest.facts:
+        tell("rotate", 0.0, "learning a rotation")
+        learned = plan.recipe.view.learn(model, windows.tokens, folder.scratch / "rotation", plan.quantized)
+        save_file({"rotation": learned.rotation.cpu()}, file)
+        manifest.facts["rotation"] = {
+            "error_before": learned.before,
+            "error_after": learned.after,
+            "notes": list(learned.notes),
+        }
+        manifest.save()
+    further = load_file(file)["rotation"]
+    return LazyModel(plan.open_weights(further), dtype=model.dtype, device=str(model.device))
 
 
 def _windows(plan: Plan, tokenizer: Any) -> Windows:

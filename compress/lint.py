@@ -35,7 +35,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], biased: b
         if stage.role == "corrector":
             if any(later > index for later in quantizers) or not quantizers:
                 problems.append(f"{where}: {stage.name} makes up for what quantizers lost; put it after all of them")
-            if not biased:
+            if stage.name == "bias_correction" and not biased:
                 problems.append(f"{where}: {stage.name} would change nothing: no quantized layer has a bias")
             continue
         if stage.role == "allocator" and stage is not recipe.allocator:
@@ -47,7 +47,9 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], biased: b
         if any(earlier < index for earlier in quantizers):
             problems.append(f"{where}: {stage.name} must come before every quantizer")
         if stage.for_inputs and not any(recipe.stages[later].resolved.inputs for later in quantizers):
-            problems.append(f"{where}: {stage.name} would change nothing: no later scheme rounds inputs, as w8a8 does")
+            problems.append(
+                f"{where}: {stage.name} looks at rounded inputs, and no later scheme rounds any, as w8a8 does"
+            )
         if stage.role == "transform" and not any(site.source for site in anatomy.sites):
             problems.append(f"{where}: {stage.name} has nowhere to fold its scales in the {anatomy.family} family")
     return problems
@@ -131,6 +133,12 @@ def storage(
 def readers(recipe: Recipe, schemes: Mapping[str, Scheme], form: Format) -> list[str]:
     """Combinations that are stored faithfully and that transformers would still read wrongly."""
     found = sorted(set(schemes.values()), key=str)
+    if form.name == "bitsandbytes" and len(found) > 1:
+        told = ", ".join(scheme.name for scheme in found)
+        return [
+            f"{recipe.where('stages')}: {told}: bitsandbytes holds layers of one scheme in a folder. "
+            "Use one, or `checkpoint: {format: dense}`"
+        ]
     if form.name != "compressed-tensors" or len(found) < 2 or all(scheme.weights.symmetric for scheme in found):
         return []
     told = ", ".join(f"{scheme.name} {'symmetric' if scheme.weights.symmetric else 'asymmetric'}" for scheme in found)

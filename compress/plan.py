@@ -7,19 +7,22 @@ exactly this plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from compress import lint
+from torch import Tensor
+
+from compress import assignment, lint
 from compress.checkpoint import FORMATS, Format, format_for
+from compress.checkpoint.adapter import ADAPTER, Product, adapter_layout
 from compress.core.scheme import Scheme
 from compress.errors import ModelError, RecipeError
 from compress.footprint import peak_memory
 from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader, canonical, file_bytes, tensor_bytes
-from compress.models.selection import LayerName, did_you_mean, select
+from compress.models.selection import LayerName, did_you_mean
 from compress.models.store import Weights, compute_dtype
 from compress.recipe import Recipe
 from compress.stage import Unit
@@ -44,6 +47,8 @@ class LayerPlan:
     stage: int | None
     """Index of the stage that quantizes it."""
     scheme: Scheme | None
+    rank: int | None
+    """Of the product that makes up for its rounding, if one does."""
     reason: str
     bytes_before: int
     bytes_after: int
@@ -74,9 +79,9 @@ class Plan:
     units: tuple[Unit, ...] = ()
     """What an allocator chooses for; the schemes above are those of a uniform choice until it has."""
 
-    def open_weights(self) -> Weights:
-        """The tensors that the stages work on."""
-        return self.recipe.view.weights(self.viewed) if self.recipe.view else Weights(self.viewed)
+    def open_weights(self, learned: Tensor | None = None) -> Weights:
+        """The tensors that the stages work on. `learned`: what a view has learned."""
+        return self.recipe.view.weights(self.viewed, learned) if self.recipe.view else Weights(self.viewed)
 
     @property
     def calibrated(self) -> bool:
@@ -94,7 +99,8 @@ class Plan:
     @property
     def bytes_after(self) -> int:
         """Bytes of the weight files that will be written."""
-        return sum(file_bytes(shard) for shard in self.shards)
+        adapter = file_bytes(adapter_layout(self.products)) if self.products else 0
+        return sum(file_bytes(shard) for shard in self.shards) + adapter
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -115,14 +121,24 @@ class Plan:
         return {layer.name: layer.scheme for layer in self.layers if layer.scheme}
 
     @property
+    def products(self) -> dict[str, Product]:
+        """What the adapter holds, by layer; nothing where the format takes products into the weights."""
+        return {
+            layer.name: (layer.shape[0], layer.rank, layer.shape[1])
+            for layer in self.layers
+            if layer.rank and self.format.packs
+        }
+
+    @property
     def bits_per_weight(self) -> float:
-        """Bits per weight over the quantized layers, scales and zero points included."""
+        """Bits per weight over the quantized layers; scales, zero points and low-rank products included."""
         layers = [layer for layer in self.layers if layer.scheme]
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
         return 8 * sum(layer.bytes_after for layer in layers) / weights
 
     @property
     def tensor_bytes_after(self) -> int:
+        """Bytes of the tensors that the model itself is made of."""
         return sum(tensor_bytes(*entry) for shard in self.shards for entry in shard.values())
 
     @property
@@ -140,12 +156,17 @@ class Plan:
         return replace(self, windows=windows, notes=(*self.notes, note))
 
     def schemes(self, stage: int, block: int) -> dict[str, Scheme]:
-        """The layers a stage deals with in one block: a quantizer's own; for a transform, those quantized later."""
-        own = self.recipe.stages[stage].role == "quantizer"
+        """The quantized layers a stage deals with in one block: a quantizer with its own, low_rank with those it was
+        given, any other with all."""
+        role, name = self.recipe.stages[stage].role, self.recipe.stages[stage].name
+
+        def concerns(layer: LayerPlan) -> bool:
+            return layer.stage == stage if role == "quantizer" else bool(layer.rank) or name != assignment.COMPENSATOR
+
         return {
             layer.name: layer.scheme
             for layer in self.layers
-            if layer.scheme and layer.block == block and (layer.stage == stage if own else True)
+            if layer.scheme and layer.block == block and concerns(layer)
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -162,6 +183,7 @@ class Plan:
                     "reason": layer.reason,
                     "shape": list(layer.shape),
                     "group_size": layer.scheme.weights.group_size if layer.scheme else None,
+                    "rank": layer.rank,
                     "bytes_before": layer.bytes_before,
                     "bytes_after": layer.bytes_after,
                 }
@@ -196,8 +218,8 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
         viewed = view.folder(folder, anatomy, tensors)
         tensors = canonical(viewed.tensors, anatomy)
     num_blocks = _num_blocks(folder.config, anatomy, tensors)
-    candidates = _candidates(anatomy, tensors, num_blocks)
-    owner, reasons = _assign(recipe, candidates, problems)
+    candidates = assignment.candidates(anatomy, tensors, num_blocks)
+    owner, reasons = assignment.assign(recipe, candidates, problems)
     schemes = {name: recipe.stages[stage].resolved for name, stage in owner.items()}
     shapes = {
         layer.name: _shape(tensors[f"{layer.name}.weight"], anatomy) for layer in candidates if layer.name in schemes
@@ -213,10 +235,12 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
     problems += lint.storage(recipe, owner, schemes, shapes, candidates, form)
     problems += lint.fused(anatomy, candidates, schemes)
     problems += lint.readers(recipe, schemes, form)
+    online = view.weights(viewed).online if view and view.online and not problems else ()
+    ranks = assignment.compensate(recipe, candidates, schemes, shapes, online, problems)
     if problems:
         raise RecipeError(problems)
     layers = tuple(
-        _layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, schemes, reasons, form)
+        _layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, schemes, ranks, reasons, form)
         for layer in candidates
     )
     notes = [*anatomy.conclusions, *folder.truncated]
@@ -236,6 +260,11 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
         notes.append(f"{anatomy.head} was tied to {anatomy.embedding}; rotated it has a weight of its own")
     if view and view.online:
         notes.append("inputs are rotated while the model runs: vLLM and compress.load do that, transformers does not")
+    if ranks and form.packs:
+        notes.append(
+            f"{ADAPTER}/ makes up for {len(ranks)} layers, by a LoRA of rank {max(ranks.values())}: compress.load "
+            "adds it, transformers with PEFT and serving engines have to be given it"
+        )
     return Plan(
         recipe=recipe,
         folder=folder,
@@ -279,67 +308,6 @@ def _num_blocks(config: Mapping[str, Any], anatomy: Anatomy, tensors: Mapping[st
     return len(stored)
 
 
-def _candidates(anatomy: Anatomy, tensors: Mapping[str, TensorHeader], num_blocks: int) -> list[LayerName]:
-    """Every layer a selector may name, in the order of the model: block linears, then embedding and head."""
-    kind = "Conv1D" if anatomy.transposed else "Linear"
-    layers = []
-    for index in range(num_blocks):
-        for local, role in anatomy.roles.items():
-            name = f"{anatomy.blocks}.{index}.{local}"
-            if f"{name}.weight" in tensors:
-                layers.append(LayerName(name, role, kind))
-    if not layers:
-        raise ModelError(f"no linear layer found under {anatomy.blocks!r}, where the {anatomy.family} family has them")
-    outside = [(anatomy.embedding, "embedding", "Embedding"), (anatomy.head or "", "lm_head", "Linear")]
-    layers += [LayerName(*entry) for entry in outside if f"{entry[0]}.weight" in tensors]
-    return layers
-
-
-def _assign(recipe: Recipe, layers: Sequence[LayerName], problems: list[str]) -> tuple[dict[str, int], dict[str, str]]:
-    """Which stage quantizes each layer, and why the others are kept."""
-    owner: dict[str, int] = {}
-    reasons = {layer.name: "outside the blocks" for layer in layers if layer.role in {"embedding", "lm_head"}}
-    inside = [layer.name for layer in layers if layer.name not in reasons]
-    known = list(layers)
-    if not any(layer.role == "lm_head" for layer in layers):
-        known.append(LayerName("lm_head", "lm_head", "Linear"))  # tied: may be named, has no weight of its own
-    for index, stage in enumerate(recipe.stages):
-        if stage.role != "quantizer":
-            continue
-        chosen = _resolve(recipe, index, "layers", stage.layers, known, problems)
-        ignored = _resolve(recipe, index, "ignore", stage.ignore, known, problems)
-        outside = [name for name in chosen if name not in inside]
-        if outside:
-            where = recipe.where("stages", index, stage.name, "layers")
-            problems.append(f"{where}: {', '.join(outside)}: embeddings and heads keep their precision; leave them out")
-        for name in inside if not stage.layers else [name for name in chosen if name in inside]:
-            if name in ignored:
-                reasons[name] = f"ignored by {ignored[name]!r}"
-            elif name in owner:
-                where = recipe.where("stages", index, stage.name)
-                problems.append(
-                    f"{where}: {name} is quantized by stages[{owner[name]}] already. Use 'layers' or 'ignore'"
-                )
-            else:
-                owner[name] = index
-    return owner, reasons
-
-
-def _resolve(
-    recipe: Recipe,
-    index: int,
-    key: str,
-    selectors: Sequence[str],
-    layers: Sequence[LayerName],
-    problems: list[str],
-) -> dict[str, str]:
-    """Layer name → the selector that names it."""
-    names_by_selector, unmatched = select(selectors, layers)
-    where = recipe.where("stages", index, recipe.stages[index].name, key)
-    problems += [f"{where}: stages[{index}].{recipe.stages[index].name}.{key}: {problem}" for problem in unmatched]
-    return {name: selector for selector, names in names_by_selector.items() for name in names}
-
-
 def _shape(header: TensorHeader, anatomy: Anatomy) -> tuple[int, int]:
     first, second = header.shape
     return (second, first) if anatomy.transposed else (first, second)
@@ -351,15 +319,18 @@ def _layer_plan(
     header: TensorHeader,
     owner: Mapping[str, int],
     schemes: Mapping[str, Scheme],
+    ranks: Mapping[str, int],
     reasons: Mapping[str, str],
     form: Format,
 ) -> LayerPlan:
     inside = layer.name.startswith(f"{anatomy.blocks}.")
-    scheme = schemes.get(layer.name)
+    scheme, rank = schemes.get(layer.name), ranks.get(layer.name)
     shape = _shape(header, anatomy) if inside else (header.shape[0], header.shape[1])
-    after = header.nbytes
+    held = {f"{layer.name}.weight": (header.dtype, header.shape)}
     if scheme:
-        after = sum(tensor_bytes(*entry) for entry in form.layout(layer.name, shape, scheme, header.dtype).values())
+        held = form.layout(layer.name, shape, scheme, header.dtype)
+    if rank and form.packs:
+        held |= adapter_layout({layer.name: (shape[0], rank, shape[1])})
     return LayerPlan(
         name=layer.name,
         role=layer.role,
@@ -369,9 +340,10 @@ def _layer_plan(
         dtype=header.dtype,
         stage=owner.get(layer.name),
         scheme=scheme,
+        rank=rank,
         reason="" if scheme else reasons.get(layer.name, "no stage names it"),
         bytes_before=header.nbytes,
-        bytes_after=after,
+        bytes_after=sum(tensor_bytes(*entry) for entry in held.values()),
     )
 
 

@@ -26,8 +26,8 @@ Progress = Callable[[str, float, str], None]
 
 
 def is_streamed(quantization: Mapping[str, Any]) -> bool:
-    """Whether a folder with this `quantization_config` is streamed; of bitsandbytes only NF4 is."""
-    foreign = quantization.get("load_in_8bit") or quantization.get("bnb_4bit_quant_type", "nf4") != "nf4"
+    """Whether a folder with this `quantization_config` is streamed; of bitsandbytes FP4 is not."""
+    foreign = not quantization.get("load_in_8bit") and quantization.get("bnb_4bit_quant_type", "nf4") != "nf4"
     return quantization.get("quant_method") in {None, *READERS} and not foreign
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 
 from compress.calibrate.block import Block
+from compress.core.learned_rotation import Learned
 from compress.core.scheme import Scheme
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader
@@ -50,8 +51,10 @@ class Stage(Protocol):
         """Whether it needs calibration inputs."""
         ...
 
-    for_inputs: ClassVar[bool]
-    """It helps only where inputs are rounded."""
+    @property
+    def for_inputs(self) -> bool:
+        """Whether it is of use only where inputs are rounded."""
+        ...
 
     @property
     def two_streams(self) -> bool:
@@ -103,6 +106,11 @@ class View(Stage, Protocol):
         """What the folder will look like to a reader: config and headers."""
         ...
 
-    def weights(self, folder: Folder) -> Weights:
-        """The tensors of such a folder."""
+    def weights(self, folder: Folder, learned: Tensor | None = None) -> Weights:
+        """The tensors of such a folder. `learned`: what came of `learn`."""
+        ...
+
+    def learn(self, model: LazyModel, tokens: Tensor, scratch: Path, schemes: Mapping[str, Scheme]) -> Learned:
+        """What calibration says the view should be, asked for if it is `calibrated`. `scratch`: a folder to be made and
+        removed."""
         ...

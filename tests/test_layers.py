@@ -35,7 +35,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 EVERYWHERE = "errors"
-PART_OF_FILE = {"draft": "recipe", "footprint": "plan", "job": "pipeline", "lint": "plan", "units": "plan"}
+PART_OF_FILE = {
+    "assignment": "plan", "draft": "recipe", "footprint": "plan", "job": "pipeline", "lint": "plan", "units": "plan",
+}  # fmt: skip
 """Files that belong to a part by another name."""
 SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the codecs that wrote it"}
 KERNEL_USERS = ("checkpoint", "runtime", "doctor")

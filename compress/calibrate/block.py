@@ -24,7 +24,7 @@ from compress.calibrate.observers import Moments, MomentsObserver
 from compress.calibrate.reference import Reference
 from compress.calibrate.sites import BlockSite, sites_of
 from compress.calibrate.sublayer import Sublayer
-from compress.core.inputs import input_scale, round_inputs
+from compress.core.inputs import clipping_scale, round_inputs
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid
 from compress.models.store import LazyModel
@@ -49,6 +49,7 @@ class Block:
         scratch: Path,
         original: Stream | None = None,
         packs: bool = True,
+        scale_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.index = index
@@ -56,6 +57,8 @@ class Block:
         self.module = model.blocks[index]
         self.inputs = inputs
         self.quantized: dict[str, QuantizedTensor] = {}
+        self.compensated: dict[str, tuple[Tensor, Tensor]] = {}
+        """Quantized layer → A [out, rank] and B [rank, in], bfloat16, whose product is added to its weight."""
         self.input_scales: dict[str, Tensor] = {}
         """Layer → the scale of its inputs, of those for which calibration fixes one."""
         self.rewritten: dict[str, Tensor] = {}
@@ -66,6 +69,7 @@ class Block:
         self._batch = max(1, BATCH_TOKENS // inputs.length)
         self._original = original
         self._packs = packs
+        self._scale_dtype = scale_dtype
         self._reference: Reference | None = None
         self._rounded: dict[str, RemovableHandle] = {}
         self._moments: dict[int, tuple[object, Moments]] = {}
@@ -85,12 +89,20 @@ class Block:
             stored = self.model.module.get_parameter(tensor).detach()
         return stored.t().contiguous() if self.model.anatomy.transposed else stored
 
+    def approximation(self, name: str) -> Float[Tensor, "out in"]:
+        """What a quantized layer now has for a weight, in float32: Ŵ, or Ŵ + A B."""
+        weight = self.quantized[name].dequantize()
+        if name in self.compensated:
+            A, B = self.compensated[name]
+            weight += A.float() @ B.float()
+        return weight
+
     def has_bias(self, name: str) -> bool:
         return f"{name}.bias" in self.model.weights
 
     def scale_dtype(self, name: str) -> torch.dtype:
-        """The dtype a layer's scales are stored in: that of its weight."""
-        return self.model.weights.dtype(f"{name}.weight")
+        """The dtype a layer's scales are rounded to: that of its weight, unless the format wants another."""
+        return self._scale_dtype or self.model.weights.dtype(f"{name}.weight")
 
     def moments(
         self, site: BlockSite, inputs: Grid | None = None, *, largest: bool = False, cross: bool = False
@@ -139,8 +151,12 @@ class Block:
         self.quantized[name] = tensor
         if inputs:
             self._round_inputs(name, inputs)
-        stored = tensor.dequantize(self.model.dtype if self._packs else tensor.scale.dtype)
-        self._set_weight(name, stored.to(self.model.dtype))
+        self._set_approximation(name)
+
+    def compensate(self, name: str, A: Float[Tensor, "out rank"], B: Float[Tensor, "rank in"]) -> None:
+        """Add the product of two thin matrices, which are stored in bfloat16, to a quantized layer's weight."""
+        self.compensated[name] = A.bfloat16().contiguous(), B.bfloat16().contiguous()
+        self._set_approximation(name)
 
     def rewrite(self, name: str, weight: Float[Tensor, "out in"]) -> None:
         """Replace a layer's weight by another full-precision one."""
@@ -220,8 +236,10 @@ class Block:
             site = next(site for site in self.sites if name in site.layers)
             largest = self.moments(site, grid).largest
             assert largest is not None, "a grid with one scale for all has its inputs looked at"
+            importance = torch.stack([self.weight(layer).square().sum(dim=0) for layer in site.layers]).sum(dim=0)
             stored_as = torch.float32 if grid.scale == "e4m3" else self.scale_dtype(name)
-            scale = self.input_scales[name] = input_scale(largest.amax(), grid).to(stored_as).view(1)
+            searched = clipping_scale(self.sample(site), grid, largest.amax(), importance)
+            scale = self.input_scales[name] = searched.to(stored_as).view(1)
         self._rounded[name] = self.model.round_inputs(name, grid, scale)
 
     @torch.inference_mode()
@@ -332,6 +350,10 @@ class Block:
         self._changed(name)
         stored = weight.t().contiguous() if self.model.anatomy.transposed else weight
         self.model.set_parameter(f"{name}.weight", stored)
+
+    def _set_approximation(self, name: str) -> None:
+        stored_as = self.model.dtype if self._packs else self.quantized[name].scale.dtype
+        self._set_weight(name, self.approximation(name).to(stored_as).to(self.model.dtype))
 
     def _fold_norm(self, name: str, scale: Tensor) -> Tensor:
         offset = self.model.anatomy.norm_offset

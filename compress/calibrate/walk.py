@@ -65,10 +65,12 @@ def walk(
     first: int = 0,
     two_streams: bool = False,
     packs: bool = True,
+    scale_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[Block, Activations]]:
     """Work on the blocks from `first` on; yields each finished block with the inputs of the next one.
 
     `packs`: whether codes will be stored; if not, weights count as rounded to the type they are stored in.
+    `scale_dtype`: what scales are rounded to, where not to the type of the weight.
 
     The caller stores what it is given before it asks for more: then every block is a point to resume from.
     """
@@ -76,7 +78,7 @@ def walk(
         name = model.block_name(index)
         model.materialise(name)
         original = originals_of(index, inputs, scratch) if two_streams else None
-        block = Block(model, index, inputs, entrance.arguments[index], scratch, original, packs)
+        block = Block(model, index, inputs, entrance.arguments[index], scratch, original, packs, scale_dtype)
         work(block)
         outputs = Activations(inputs_of(index + 1, scratch), inputs.length, inputs.width, inputs.dtype)
         block.propagate(outputs)

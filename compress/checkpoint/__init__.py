@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from compress.checkpoint.bitsandbytes import BitsAndBytes
@@ -40,6 +41,9 @@ class Format(Protocol):
 
     def problems(self, name: str, kind: str, shape: tuple[int, int], scheme: Scheme) -> list[str]:
         """Why this layer cannot be stored, a sentence each; `kind` is the class of its module."""
+
+    def scale_dtype(self, schemes: Collection[Scheme]) -> torch.dtype | None:
+        """What scales are rounded to before codes are chosen; None: to the type of each weight."""
 
     def layout(self, name: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> Entries:
         """Tensor name → (safetensors dtype, shape) of what `encode` writes, by arithmetic alone."""

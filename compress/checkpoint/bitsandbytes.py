@@ -1,60 +1,53 @@
-"""bitsandbytes: how NF4 layers lie on disk, for `from_pretrained` of transformers.
+"""bitsandbytes: the checkpoint that QLoRA starts from, for `from_pretrained` of transformers.
 
-    weight                               uint8 [out·in/2, 1]   two codes in a byte, the first in the high nibble
-    weight.absmax                        float32 [out·in/64]
-    weight.quant_map                     float32 [16]          the levels
-    weight.quant_state.bitsandbytes__nf4 uint8                 JSON: block size, dtype, shape
-
-Blocks run on from row to row, so a row must be made of whole ones for groups to be ours. The dtype is that of the
-weight there was: what a reader makes of the codes, and what our scales have, which float32 holds exactly.
-
-Others quantize the scales in turn: `absmax` is then uint8, beside
-
-    weight.nested_absmax                 float32 [⌈out·in/64/256⌉]
-    weight.nested_quant_map              float32 [256]
-
-and the JSON has their mean. That is read and not written: 0.37 bits less per weight, but scales would be rounded once
-the codes are chosen. The int8 of bitsandbytes is neither read nor written, for it is not w8a8: inputs are converted to
-float16, and those above a threshold are kept out of the product.
+A folder holds layers of one kind: NF4 (`compress.checkpoint.bitsandbytes_nf4`), or int8 with one scale per output
+channel (`compress.checkpoint.bitsandbytes_int8`). `config.json` says which, and names the layers that stay as they
+were; all other nn.Linear are taken to be quantized. How a layer is stored is told by the names of its tensors.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
+from compress.checkpoint.bitsandbytes_int8 import INT8, SCALE, SCALE_DTYPE, decode_int8, encode_int8, int8_entries
+from compress.checkpoint.bitsandbytes_nf4 import STATE, decode_nf4, encode_nf4, nf4_entries, read_state
 from compress.checkpoint.layouts import Entries
-from compress.core.normal_float import BLOCK, LEVELS, NESTED_BLOCK, NestedScales, dynamic_map
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import NF4, Grid, Scheme
 from compress.errors import ModelError
 from compress.models.headers import TensorHeader
 from compress.models.store import DTYPES, read_tensor
 
-STATE = "weight.quant_state.bitsandbytes__nf4"
-FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SCHEME_BY_LEAF = {STATE: Scheme(NF4), SCALE: Scheme(INT8)}
+"""A tensor that only layers of one scheme have, by the last part of its name."""
+THRESHOLD = 6.0
+"""Inputs as large as this are not rounded to int8, nor are others of their column; bitsandbytes' own choice."""
 
 
 @dataclass(frozen=True)
 class BitsAndBytes:
-    """Writes NF4 with plain scales; reads nested ones too."""
+    """Writes NF4 with plain scales and int8; reads NF4 with nested scales too."""
 
     name: ClassVar[str] = "bitsandbytes"
     packs: ClassVar[bool] = True
 
     def problems(self, name: str, kind: str, shape: tuple[int, int], scheme: Scheme) -> list[str]:
         """What speaks against storing this layer, a sentence each; `kind` is the class of its module."""
-        if scheme != Scheme(NF4):
-            why = " (its int8 is another arithmetic)" if scheme.name == "w8a8" else ""
+        if scheme.name == "w8a16" and scheme != Scheme(INT8):
             return [
-                f"{name}: bitsandbytes holds nf4 and not {scheme.name}{why}. "
-                "Use `scheme: nf4`, or `checkpoint: {format: compressed-tensors}`"
+                f"{name}: bitsandbytes holds w8a16 with one scale per output channel and no zero points. "
+                "Use `group_size: null, symmetric: true`, or `checkpoint: {format: compressed-tensors}`"
+            ]
+        if scheme not in SCHEME_BY_LEAF.values():
+            why = " (it rounds inputs to int8 by a rule of its own)" if scheme.name == "w8a8" else ""
+            return [
+                f"{name}: bitsandbytes holds nf4 and w8a16, and not {scheme.name}{why}. Use `scheme: nf4` or "
+                "`scheme: w8a16, group_size: null`, or `checkpoint: {format: compressed-tensors}`"
             ]
         if kind != "Linear":
             return [
@@ -63,35 +56,39 @@ class BitsAndBytes:
             ]
         return []
 
+    def scale_dtype(self, schemes: Collection[Scheme]) -> torch.dtype | None:
+        """bfloat16 for int8, whatever the weights are."""
+        return SCALE_DTYPE if Scheme(INT8) in schemes else None
+
     def layout(self, name: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> Entries:
         """Tensor name → (safetensors dtype, shape) of what `encode` writes, by arithmetic alone."""
-        rows, columns = shape
-        entries: Entries = {
-            "weight": ("U8", (rows * columns // 2, 1)),
-            "weight.absmax": ("F32", (rows * scheme.weights.num_groups(columns),)),
-            "weight.quant_map": ("F32", (len(LEVELS),)),
-            STATE: ("U8", (len(write_state(shape, DTYPES[scale_dtype])),)),
-        }
+        normal = scheme.weights.kind == "normal"
+        entries = nf4_entries(shape, DTYPES[scale_dtype]) if normal else int8_entries(shape)
         return {f"{name}.{leaf}": entry for leaf, entry in entries.items()}
 
     def encode(
         self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The stored tensors of one layer."""
-        return {f"{name}.{leaf}": value for leaf, value in encode_nf4(tensor).items()}
+        """The stored tensors of one layer. Raises ModelError where they would not be read back as they are."""
+        try:
+            stored = (encode_nf4 if tensor.grid.kind == "normal" else encode_int8)(tensor)
+        except ValueError as error:
+            raise ModelError(f"{name}: {error}") from None
+        return {f"{name}.{leaf}": value for leaf, value in stored.items()}
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
         """The weight that `encode` was given. Raises ModelError where a tensor is missing or not what it must be."""
         prefix = f"{name}."
+        stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         try:
-            return decode_nf4(
-                {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            )
+            return (decode_nf4 if grid.kind == "normal" else decode_int8)(stored)
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from None
 
     def shape(self, name: str, tensors: Mapping[str, TensorHeader], grid: Grid) -> tuple[int, ...]:
-        """A layer's [out, in], which its state says."""
+        """A layer's [out, in]; of NF4 its state says so."""
+        if grid.kind == "int":
+            return tensors[f"{name}.weight"].shape
         try:
             return read_state(read_tensor(tensors[f"{name}.{STATE}"]))[0]
         except ValueError as error:
@@ -104,23 +101,34 @@ class BitsAndBytes:
         rotated: Mapping[str, int] | None = None,
         dtype: str = "F32",
     ) -> dict[str, Any]:
-        """What config.json says of these layers; without a dtype, transformers multiplies in float32."""
-        return {
-            "quant_method": self.name,
-            "load_in_4bit": True,
-            "load_in_8bit": False,
+        """What config.json says of these layers; without a dtype, transformers multiplies NF4 in float32."""
+        int8 = Scheme(INT8) in schemes.values()
+        own = {
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": False,
             "bnb_4bit_compute_dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        }
+        return {
+            "quant_method": self.name,
+            "load_in_4bit": not int8,
+            "load_in_8bit": int8,
+            **({"llm_int8_threshold": THRESHOLD} if int8 else own),
             "llm_int8_skip_modules": list(ignored),
         }
 
     def schemes(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
-        """The layers that have a state. Raises ModelError where none has, as with int8 and FP4."""
-        layers = [name.removesuffix(f".{STATE}") for name in tensors if name.endswith(f".{STATE}")]
-        if not layers:
-            raise ModelError("quantization_config: of bitsandbytes only nf4 can be read, and no layer is stored so")
-        return dict.fromkeys(layers, Scheme(NF4))
+        """The layers that are stored so. Raises ModelError where none is, as with FP4."""
+        schemes = {
+            name.removesuffix(f".{leaf}"): scheme
+            for name in tensors
+            for leaf, scheme in SCHEME_BY_LEAF.items()
+            if name.endswith(f".{leaf}")
+        }
+        if not schemes:
+            raise ModelError(
+                "quantization_config: of bitsandbytes only nf4 and int8 can be read, and no layer is stored so"
+            )
+        return schemes
 
     def rotated_inputs(self, config: Mapping[str, Any], layers: Collection[str]) -> dict[str, int]:
         """None: there is no place to say so."""
@@ -128,86 +136,3 @@ class BitsAndBytes:
 
     def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
         """None: inputs are not rounded."""
-
-
-def encode_nf4(tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """The stored tensors of one layer, by the last part of their names."""
-    text = write_state(tensor.shape, tensor.scale.dtype)
-    return {
-        "weight": pack_nibbles(tensor.codes),
-        "weight.absmax": tensor.scale.float().flatten(),
-        "weight.quant_map": torch.tensor(LEVELS),
-        STATE: torch.tensor(list(text), dtype=torch.uint8),
-    }
-
-
-def decode_nf4(stored: Mapping[str, Tensor]) -> QuantizedTensor:
-    """What `encode_nf4` was given, and what anyone stored. Scales that their dtype does not hold stay in float32.
-
-    Raises ValueError where a tensor is missing or does not fit, or where groups or levels are not ours.
-    """
-    for leaf in (STATE, "weight", "weight.absmax", "weight.quant_map"):
-        if leaf not in stored:
-            raise ValueError(f"{leaf} is missing")
-    (rows, columns), dtype, state = read_state(stored[STATE])
-    levels = stored["weight.quant_map"].cpu()
-    if not torch.equal(levels, torch.tensor(LEVELS)):
-        raise ValueError(f"weight.quant_map: {levels.tolist()} are not the levels of NF4")
-    nested = "weight.nested_absmax" in stored
-    _check(stored, "weight", torch.uint8, rows * columns // 2)
-    _check(stored, "weight.absmax", torch.uint8 if nested else torch.float32, rows * columns // BLOCK)
-    absmax = stored["weight.absmax"].view(rows, -1)
-    exact = _nested(absmax, stored, state).dequantize() if nested else absmax
-    scale = exact.to(dtype)
-    codes = unpack_nibbles(stored["weight"]).view(rows, columns)
-    return QuantizedTensor(codes, scale if torch.equal(scale.float(), exact) else exact, None, NF4)
-
-
-def write_state(shape: tuple[int, int], dtype: torch.dtype) -> bytes:
-    """The JSON of a layer."""
-    name = str(dtype).removeprefix("torch.")
-    return json.dumps({"quant_type": "nf4", "blocksize": BLOCK, "dtype": name, "shape": list(shape)}).encode()
-
-
-def read_state(stored: UInt8[Tensor, " bytes"]) -> tuple[tuple[int, int], torch.dtype, dict[str, Any]]:
-    """Shape, dtype, and all that anyone's JSON says. Raises ValueError where groups are not ours."""
-    state = json.loads(bytes(stored.tolist()))
-    shape, block, dtype = (state.get(key) for key in ("shape", "blocksize", "dtype"))
-    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ValueError(f"{STATE} says it has shape {shape}, expected two sizes, out and in")
-    if block != BLOCK or shape[1] % BLOCK:
-        raise ValueError(
-            f"rows of {shape[1]} columns in blocks of {block} cannot be read, only whole blocks of {BLOCK}"
-        )
-    if dtype not in FLOATS:
-        raise ValueError(f"{STATE} says {dtype!r}, expected one of {', '.join(FLOATS)}")
-    return (shape[0], shape[1]), FLOATS[dtype], state
-
-
-def pack_nibbles(codes: UInt8[Tensor, "out in"]) -> UInt8[Tensor, "half 1"]:
-    """Codes 0 … 15, two to a byte, the first in the high nibble. Raises ValueError where one would be left over."""
-    if codes.numel() % 2:
-        raise ValueError(f"{list(codes.shape)} is an odd number of codes; they are stored two to a byte")
-    pairs = codes.reshape(-1, 2)
-    return (pairs[:, :1] << 4) | pairs[:, 1:]
-
-
-def unpack_nibbles(packed: UInt8[Tensor, "half 1"]) -> UInt8[Tensor, " codes"]:
-    """The codes that `pack_nibbles` was given, in one row."""
-    return torch.stack((packed >> 4, packed & 15), dim=-1).flatten()
-
-
-def _check(stored: Mapping[str, Tensor], leaf: str, dtype: torch.dtype, size: int) -> None:
-    tensor = stored[leaf]
-    if tensor.dtype != dtype or tensor.numel() != size:
-        raise ValueError(f"{leaf} is {tensor.numel()} of {tensor.dtype}, expected {size} of {dtype}")
-
-
-def _nested(codes: UInt8[Tensor, "out groups"], stored: Mapping[str, Tensor], state: Mapping[str, Any]) -> NestedScales:
-    largest, levels = stored["weight.nested_absmax"], stored.get("weight.nested_quant_map")
-    mean, block = state.get("nested_offset"), state.get("nested_blocksize")
-    own = levels is not None and torch.equal(levels, dynamic_map(levels.device)) and block == NESTED_BLOCK
-    if not own or not isinstance(mean, float):
-        raise ValueError(f"nested_blocksize={block}, nested_offset={mean} or nested_quant_map is not bitsandbytes' own")
-    _check(stored, "weight.nested_absmax", torch.float32, -(-codes.numel() // NESTED_BLOCK))
-    return NestedScales(codes, largest, mean)

@@ -70,6 +70,9 @@ class CompressedTensors:
             ]
         return []
 
+    def scale_dtype(self, schemes: Collection[Scheme]) -> None:
+        """None: scales are stored in the type of the weight."""
+
     def layout(self, name: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> Entries:
         """Tensor name → (safetensors dtype, shape) of what `encode` writes, by arithmetic alone."""
         entries = LAYOUTS[self._layout(scheme)].entries(shape, scheme.weights, scale_dtype)

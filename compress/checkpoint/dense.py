@@ -35,6 +35,9 @@ class Dense:
             f"{name}: an ordinary folder cannot say that {scheme.name} rounds inputs. Use a scheme that ends in a16."
         ]
 
+    def scale_dtype(self, schemes: Collection[Scheme]) -> None:
+        """None: codes are not kept, and weights keep their type."""
+
     def layout(self, name: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> Entries:
         """Tensor name → (safetensors dtype, shape) of what `encode` writes."""
         return {f"{name}.weight": (scale_dtype, shape)}

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.checkpoint.adapter import ADAPTER
 from compress.checkpoint.manifest import replace_durably, write_atomically
 from compress.errors import OutputError, writing
 from compress.models.headers import Folder
@@ -81,6 +82,11 @@ class OutputFolder:
 
     def shard_name(self, index: int) -> str:
         return f"model-{index + 1:05}-of-{self.num_shards:05}.safetensors"
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """What has been written of weights so far, an adapter included."""
+        return [*self.partial.glob("*.safetensors"), *self.partial.glob(f"{ADAPTER}/*.safetensors")]
 
     def write_shard(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         path = self.partial / self.shard_name(index)

@@ -1,7 +1,8 @@
 """The weights of a quantized folder, dequantized one layer at a time.
 
 It reads like any other folder, so whatever streams an ordinary model streams a compressed one: verification and
-scoring work on the files that ship, with no second code path and never more than a block in memory.
+scoring work on the files that ship, with no second code path and never more than a block in memory. What the folder's
+adapter has for a layer is in its weight.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import Format, format_of
+from compress.checkpoint.adapter import open_adapter
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Scheme
+from compress.errors import ModelError
 from compress.models.headers import Folder, read_folder
 from compress.models.store import LazyModel, Weights, read_tensor
 
@@ -28,6 +31,8 @@ class QuantizedWeights(Weights):
         self.schemes: dict[str, Scheme] = self.format.schemes(config, self.tensors)
         linear = [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
         self.online = self.format.rotated_inputs(config, [*self.schemes, *linear])
+        self.adapter = open_adapter(folder.path)
+        self._check_adapter()
 
     def __contains__(self, name: str) -> bool:
         return name.removesuffix(".weight") in self.schemes or super().__contains__(name)
@@ -42,13 +47,15 @@ class QuantizedWeights(Weights):
         layer = name.removesuffix(".weight")
         if layer not in self.schemes:
             return super().read(name)
-        return self.quantized(layer).dequantize(torch.float32)
+        weight = self.quantized(layer).dequantize(torch.float32)
+        if layer in self.adapter.products:
+            A, B = self.adapter.read(layer)
+            weight += A.float() @ B.float()
+        return weight
 
     def quantized(self, layer: str) -> QuantizedTensor:
         """One layer's codes, scales and zero points."""
-        stored = {
-            name: read_tensor(header) for name, header in self.tensors.items() if name.startswith(f"{layer}.weight")
-        }
+        stored = {name: read_tensor(header) for name, header in self.tensors.items() if name.startswith(f"{layer}.")}
         return self.format.decode(layer, stored, self.schemes[layer].weights)
 
     def input_scale(self, layer: str) -> Tensor | None:
@@ -57,6 +64,18 @@ class QuantizedWeights(Weights):
             name: read_tensor(header) for name, header in self.tensors.items() if name.startswith(f"{layer}.input")
         }
         return self.format.input_scale(layer, stored, self.schemes[layer])
+
+    def _check_adapter(self) -> None:
+        """Raises ModelError for a product that cannot be added to a layer stored quantized here."""
+        for layer, (rows, _, columns) in self.adapter.products.items():
+            where = f"{self.adapter.file}: {layer}"
+            if layer not in self.schemes:
+                raise ModelError(f"{where} has a product, the checkpoint stores no such quantized layer")
+            if self.shape(f"{layer}.weight") != (rows, columns):
+                stored = list(self.shape(f"{layer}.weight"))
+                raise ModelError(f"{where} has a product of [{rows}, {columns}], the checkpoint a weight of {stored}")
+            if self.schemes[layer].inputs or layer in self.online:
+                raise ModelError(f"{where} has a product of inputs as they come, the checkpoint rounds or rotates them")
 
 
 def open_weights(path: Path) -> Weights:

@@ -21,9 +21,10 @@ from compress.errors import ModelError
 from compress.models.anatomy import Anatomy
 
 BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
+    "F8_E8M0": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+"""Of an element, by type, in the order in which `safetensors` lays out tensors."""
 MAX_HEADER = 100_000_000
 """The largest header the reference implementation accepts, in bytes."""
 
@@ -106,11 +107,12 @@ def read_json(file: Path) -> dict[str, Any]:
 def file_bytes(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
     """Size in bytes of the safetensors file that `safetensors` writes for these tensors: name → (dtype, shape).
 
-    The writer puts wider types first and names in order, writes compact JSON and pads it to 8 bytes.
+    The writer puts types in the order of `BYTES` and names in theirs, writes compact JSON and pads it to 8 bytes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name in sorted(entries, key=lambda name: (-BYTES[entries[name][0]], name)):
+    rank = {dtype: index for index, dtype in enumerate(BYTES)}
+    for name in sorted(entries, key=lambda name: (rank[entries[name][0]], name)):
         dtype, shape = entries[name]
         end = offset + tensor_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}

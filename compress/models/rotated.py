@@ -42,14 +42,27 @@ WRITERS = frozenset({"attn.o", "mlp.down"})
 
 
 class RotatedWeights(Weights):
-    """The tensors of an `untied` folder, rotated. Raises ValueError where there are `obstacles`."""
+    """The tensors of an `untied` folder, rotated.
 
-    def __init__(self, folder: Folder, *, r1: bool = True, r2: bool = True, r4: bool = False, seed: int = 0) -> None:
+    `further`: an orthogonal matrix [hidden, hidden], float64, that R1 goes on to turn by. Raises ValueError where there
+    are `obstacles`.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        *,
+        r1: bool = True,
+        r2: bool = True,
+        r4: bool = False,
+        seed: int = 0,
+        further: Float[Tensor, "n n"] | None = None,
+    ) -> None:
         super().__init__(folder)
         self._steps: dict[str, list[Step]] = defaultdict(list)
         """Tensor → what is done to it, in this order."""
         if r1:
-            self._turn_residual_stream(seed)
+            self._turn_residual_stream(seed, further)
         if r2:
             self._turn_values(seed)
         if r4:
@@ -67,27 +80,31 @@ class RotatedWeights(Weights):
 
     # ---- R1 ----------------------------------------------------------------------------------------------------
 
-    def _turn_residual_stream(self, seed: int) -> None:
+    def _turn_residual_stream(self, seed: int, further: Float[Tensor, "n n"] | None) -> None:
         problems = obstacles(self.anatomy, self.tensors)
         if problems:
             raise ValueError(problems[0])
         width = self.tensors[f"{self.anatomy.embedding}.weight"].shape[-1]
         generator = torch.Generator().manual_seed(seed)
         rotation = random_rotation(width, generator, centred=not has_rms_norms(self.folder.config))
+
+        def turn(x: Tensor) -> Tensor:
+            return rotation.apply(x) if further is None else rotation.apply(x) @ further
+
         for module in self.anatomy.before:
-            self._do(f"{module}.weight", rotation.apply)
+            self._do(f"{module}.weight", turn)
         readers: dict[str, list[str]] = defaultdict(list)
         for site, prefix in self._sites():
             for layer, role in site.roles.items():
                 if role in READERS:
                     readers[f"{prefix}{site.source}"].append(f"{prefix}{layer}")
                 elif role in WRITERS:
-                    self._do(f"{prefix}{layer}.weight", _of_rows(rotation.apply))
-                    self._do(f"{prefix}{layer}.bias", rotation.apply)
+                    self._do(f"{prefix}{layer}.weight", _of_rows(turn))
+                    self._do(f"{prefix}{layer}.bias", turn)
         assert self.anatomy.head, "it would be an obstacle"
         readers[last_norm(self.anatomy, self.tensors)].append(self.anatomy.head)
         for norm, layers in readers.items():
-            self._fold(norm, layers, rotation.apply)
+            self._fold(norm, layers, turn)
 
     def _fold(self, norm: str, layers: Sequence[str], turn: Step) -> None:
         """Move a norm's weight into the layers behind it, and turn those."""

@@ -11,8 +11,9 @@ from compress.quantize.autoround import AutoRound
 from compress.quantize.bias_correction import BiasCorrection
 from compress.quantize.gptq import GPTQ
 from compress.quantize.hqq import HQQ
+from compress.quantize.low_rank import LowRank
 from compress.quantize.rtn import RTN
 
 ALLOCATORS = {Allocate.name: Allocate}
-CORRECTORS = {BiasCorrection.name: BiasCorrection}
+CORRECTORS = {corrector.name: corrector for corrector in (BiasCorrection, LowRank)}
 METHODS = {method.name: method for method in (GPTQ, HQQ, RTN, AutoRound)}

@@ -51,7 +51,7 @@ class BiasCorrection:
         for site in block.sites:
             for name in (name for name in site.layers if name in schemes and block.has_bias(name)):
                 moments = block.moments(site)
-                weight, rounded = block.weight(name), block.quantized[name].dequantize()
+                weight, rounded = block.weight(name), block.approximation(name)
                 shift = mean_shift(weight, rounded, moments.mean)
                 block.shift_bias(name, shift)
                 energy = quadratic_form(weight, moments.hessian)

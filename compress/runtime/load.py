@@ -2,7 +2,8 @@
 
 An ordinary folder is loaded by transformers itself. A quantized one starts as an empty transformers module on
 the meta device; each quantized linear layer is replaced by a `QuantLinear` and every other tensor filled in,
-one at a time, so that loading needs the packed model and one layer, never the model in floating point.
+one at a time, so that loading needs the packed model and one layer, never the model in floating point. Layers that the
+folder's adapter compensates keep that kernel, and add their low-rank product to what it gives.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from compress.core.qtensor import QuantizedTensor
 from compress.errors import ModelError
 from compress.models.headers import Folder, read_folder
 from compress.models.store import DTYPES, LazyModel, load_tokenizer, local_folder
-from compress.runtime.modules import QuantLinear, put_in_place
+from compress.runtime.modules import Compensated, QuantLinear, put_in_place
 from compress.runtime.normal import NormalLinear
 
 
@@ -88,6 +89,9 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
             device=device,
         )
         put_in_place(model, names, layer)
+    for name in weights.adapter.products:
+        A, B = (factor.to(device, dtype) for factor in weights.adapter.read(name))
+        model.set_submodule(name, Compensated(model.get_submodule(name), A, B))
     for name, _ in model.named_children():
         lazy.materialise(name)
     _tie(lazy)

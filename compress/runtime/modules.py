@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import quant_kernels
@@ -172,6 +173,30 @@ class SharedLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] this layer computes with."""
         return self.shared.linear.dequantize(dtype).split(self.shared.sizes)[self.index]
+
+
+class Compensated(nn.Module):
+    """A quantized layer and the low-rank product that makes up for its rounding: `layer(x) + (x Bᵀ) Aᵀ`."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, layer: nn.Module, A: Tensor, B: Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.out_features, self.in_features = len(A), B.shape[1]
+        self.register_buffer("A", A)
+        self.register_buffer("B", B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + F.linear(F.linear(x, self.B), self.A)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in] this layer computes with."""
+        return (cast(QuantLinear, self.layer).dequantize() + self.A.float() @ self.B.float()).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.B)}"
 
 
 def put_in_place(model: nn.Module, names: Sequence[str], layer: QuantLinear) -> None:

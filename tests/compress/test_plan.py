@@ -92,7 +92,7 @@ def test_a_transform_needs_a_quantizer_after_it(tiny: Path) -> None:
 
 def test_smoothing_needs_a_scheme_that_rounds_inputs(tiny: Path) -> None:
     (problem,) = problems(tiny, "stages:\n- smoothquant: {}\n- rtn: {scheme: w4a16, group_size: 32}\n")
-    assert "smoothquant would change nothing: no later scheme rounds inputs" in problem
+    assert "smoothquant looks at rounded inputs, and no later scheme rounds any" in problem
 
 
 def test_all_problems_are_reported_at_once(tiny: Path) -> None:

@@ -16,7 +16,7 @@ from compress.scoring import is_streamed
         ({"quant_method": "compressed-tensors"}, True),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, True),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, False),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, False),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, True),
         ({"quant_method": "gptq"}, False),
     ],
 )

@@ -12,10 +12,16 @@ from compress.models.headers import canonical, file_bytes, read_folder
 from compress.models.llama import LLAMA
 from compress.models.store import Weights, read_tensor
 
+SAVED_AS = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
 
 def entries(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
-    return {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {name: (SAVED_AS[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def test_predicted_file_size_is_the_size_safetensors_writes(tmp_path: Path) -> None:
@@ -27,6 +33,15 @@ def test_predicted_file_size_is_the_size_safetensors_writes(tmp_path: Path) -> N
     }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     assert file_bytes(entries(tensors)) == (tmp_path / "x.safetensors").stat().st_size
+
+
+def test_tensors_are_laid_out_in_the_order_of_their_types(tmp_path: Path) -> None:
+    """Which shows in the size: what comes first has shorter offsets."""
+    for size in (3, 30, 300, 3000):
+        for types in ((a, b) for a in SAVED_AS for b in SAVED_AS):
+            tensors = {"a": torch.zeros(5).to(types[0]), "b": torch.zeros(size).to(types[1])}
+            save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+            assert file_bytes(entries(tensors)) == (tmp_path / "x.safetensors").stat().st_size, types
 
 
 def test_headers_give_the_bytes_of_each_tensor(tiny: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from compress.core.hadamard import random_rotation
 from compress.models.headers import read_folder
 from compress.models.rotated import RotatedWeights, obstacles, untied
 from compress.models.store import LazyModel, Weights
@@ -76,6 +77,18 @@ def test_all_rotations_together_keep_the_function(family: str, doubled: Path, to
     if family in CANNOT:
         pytest.skip("R1 is impossible here")
     assert_same_function(doubled, rotated(doubled, r1=True, r2=True, r4=True), tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"], indirect=True)
+def test_r1_may_go_on_by_any_rotation_that_keeps_means_where_norms_need_that(
+    family: str, doubled: Path, tokens: Tensor
+) -> None:
+    plain = Weights(read_folder(doubled))
+    folder = untied(plain.folder, plain.anatomy, plain.tensors)
+    width = plain.tensors[f"{plain.anatomy.embedding}.weight"].shape[-1]
+    further = random_rotation(width, torch.Generator().manual_seed(5), centred=family == "gpt2")
+    matrix = further.apply(torch.eye(width, dtype=torch.float64))
+    assert_same_function(doubled, RotatedWeights(folder, further=matrix), tokens)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"], indirect=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,39 @@ def test_it_must_stand_first(tiny: Path) -> None:
 def test_an_ordinary_folder_cannot_ask_for_rotated_inputs(tiny: Path) -> None:
     told = refusal(tiny, recipe("rotate: {r4: true}", "rtn: {scheme: w4a16, group_size: null}", checkpoint="dense"))
     assert "x.yaml:2:5: an ordinary folder cannot say that inputs are rotated" in told
+
+
+def test_learning_needs_rounded_inputs_and_r1(tiny: Path) -> None:
+    told = refusal(tiny, recipe("rotate: {steps: 5}", "rtn: {scheme: w4a16, group_size: null}"))
+    assert "x.yaml:2:5: rotate looks at rounded inputs, and no later scheme rounds any" in told
+    with pytest.raises(ValueError, match="it is R1 that would be learned"):
+        Rotate(r1=False, steps=5)
+
+
+def test_a_learned_rotation_keeps_the_function_and_is_learned_once(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """In eight bits little is lost, whatever the rotation; resumed, the run has the one it began with."""
+    stages = "rotate: {steps: 5}", "rtn: {scheme: w8a8, group_size: null}"
+    settings = ["calibration.samples=4", "calibration.sequence_length=32", "evaluation.samples=2"]
+
+    def learned(output: str, **options: Any) -> dict[str, Any]:
+        given = parse(recipe(*stages), "x.yaml")
+        return compress.run(
+            given, model=str(tiny), output=tmp_path / output, calibration=str(text), overrides=settings, **options
+        )
+
+    def interrupt(phase: str, share: float, words: str) -> None:
+        if words == "block 2 of 3":
+            raise KeyboardInterrupt
+
+    report = learned("whole")
+    assert 0 < report["rotation"]["error_after"] < report["rotation"]["error_before"]
+    assert report["evaluation"]["texts"][0]["kl_divergence"] < 1e-2
+    with pytest.raises(KeyboardInterrupt):
+        learned("out", progress=interrupt)
+    learned("out", resume=True)
+    shards = sorted(file.name for file in (tmp_path / "whole").glob("*.safetensors"))
+    for name in shards:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def run(model: Path, output: Path, *stages: str, checkpoint: str = "compressed-tensors") -> Path:
