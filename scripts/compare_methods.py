@@ -24,7 +24,7 @@ from compress.recipe import Calibration, Evaluation, Recipe
 RESULTS = Path(__file__).resolve().parents[1] / "recipes" / "RESULTS.md"
 
 RTN, GPTQ, AWQ, HQQ, SmoothQuant = compress.RTN, compress.GPTQ, compress.AWQ, compress.HQQ, compress.SmoothQuant
-AutoRound, Allocate, Rotate = compress.AutoRound, compress.Allocate, compress.Rotate
+AutoRound, Allocate, Rotate, LowRank = compress.AutoRound, compress.Allocate, compress.Rotate, compress.LowRank
 
 
 def methods(group_size: int | None) -> dict[str, list[Any]]:
@@ -53,6 +53,9 @@ def methods(group_size: int | None) -> dict[str, list[Any]]:
         "3 bits, the same, by Qronos": [GPTQ(**three, asymmetric="qronos")],
         "3 bits, the same, made up for earlier layers": [GPTQ(**three, asymmetric=True)],
         "3 bits, HQQ": [HQQ(**three)],
+        "3 bits, RTN, range by importance, rank 8 by SVD": [RTN(**three, range="importance"), LowRank(8, "svd")],
+        "3 bits, RTN, range by importance, rank 8 by QERA": [RTN(**three, range="importance"), LowRank(8)],
+        "3 bits, GPTQ made up for earlier layers, rank 8 by QERA": [GPTQ(**three, asymmetric=True), LowRank(8)],
         "3 bits, AutoRound": [AutoRound(**three)],
         "4 bits, AutoRound": [AutoRound(**four)],
         "3.5 bits by sensitivity, GPTQ made up for earlier layers": [
@@ -71,6 +74,7 @@ def schemes(group_size: int | None) -> dict[str, list[Any]]:
         "w8a8, GPTQ": [GPTQ("w8a8")],
         "w8a8, SmoothQuant, GPTQ": [SmoothQuant(), GPTQ("w8a8")],
         "w8a8-static, SmoothQuant, GPTQ": [SmoothQuant(), GPTQ("w8a8-static")],
+        "w8a8-static, RTN": [RTN("w8a8-static")],
         "fp8, RTN": [RTN("fp8")],
         "fp8-static, RTN": [RTN("fp8-static")],
         "w4a8, RTN": [RTN(**four)],
@@ -79,6 +83,10 @@ def schemes(group_size: int | None) -> dict[str, list[Any]]:
         "w4a4, SmoothQuant, GPTQ made up for earlier layers": [SmoothQuant(), GPTQ(**both, asymmetric=True)],
         "w4a4, rotated, RTN": [Rotate(r4=True), RTN(**both)],
         "w4a4, rotated, GPTQ made up for earlier layers": [Rotate(r4=True), GPTQ(**both, asymmetric=True)],
+        "w4a4, rotated, R1 learned, GPTQ made up for earlier layers": [
+            Rotate(r4=True, steps=200),
+            GPTQ(**both, asymmetric=True),
+        ],
         "w4a4, rotated without R4, GPTQ made up for earlier layers": [Rotate(), GPTQ(**both, asymmetric=True)],
         "nvfp4a16, RTN, scales by the maximum": [RTN("nvfp4a16", range="minmax")],
         "nvfp4a16, RTN, scales by importance": [RTN("nvfp4a16", range="importance")],
@@ -99,7 +107,8 @@ def main() -> int:
     base = Recipe("rows", (), calibration, Evaluation((str(options.test),), options.windows))
     group_size = options.group_size or None
     lines = ["| row | bits per weight | perplexity | KL divergence | same top token |", "|---|--:|--:|--:|--:|"]
-    for name, stages in ROWS[options.rows](group_size).items():
+    rows = {name: stages for name, stages in ROWS[options.rows](group_size).items() if options.only in name}
+    for name, stages in rows.items():
         with tempfile.TemporaryDirectory() as work:
             recipe = replace(base, stages=tuple(stages))
             try:
@@ -122,7 +131,8 @@ def main() -> int:
         f"{text['baseline_perplexity']:.2f}. {text['tokens']:,} tokens of {options.test.name} scored, ± is the "
         f"standard error over windows. `{shlex.join(['scripts/compare_methods.py', *sys.argv[1:]])}`"
     )
-    write(options.rows, options.model.name, "\n".join([context, "", *lines]))
+    if not options.only:
+        write(options.rows, options.model.name, "\n".join([context, "", *lines]))
     print("\n".join(lines))
     return 0
 
@@ -146,6 +156,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--windows", type=int, default=64, help="windows of the test text that are scored")
     parser.add_argument("--rows", choices=ROWS, default="methods", help="which table")
+    parser.add_argument("--only", default="", help="only rows with this in their name; they are printed, not kept")
     parser.add_argument("--group-size", type=int, default=0, help="columns that share a scale; 0: one per channel")
     return parser.parse_args()
 
