@@ -3,10 +3,10 @@
 
     scripts/compare_peer.py PEER --peer-python PEER/bin/python --model DIR --calibration FILE --test FILE
 
-PEER is llm-compressor or auto-round, which runs in an environment of its own. Each quantization is a process on one
-thread, and both toolkits see the very same windows of tokens. Every resulting folder is then loaded by transformers
-with compressed-tensors, not by its maker, and scored against the original in float32. Seconds are the CPU time of
-calibrating and quantizing, memory is the peak above the imports. The table replaces what the results file has
+PEER is llm-compressor, gptqmodel or auto-round, which runs in an environment of its own. Each quantization is a process
+on one thread, and both toolkits see the very same windows of tokens. Every resulting folder is then loaded by
+transformers with compressed-tensors, not by its maker, and scored against the original in float32. Seconds are the CPU
+time of calibrating and quantizing, memory is the peak above the imports. The table replaces what the results file has
 between the two marks of this peer. Linux only.
 """
 
@@ -35,6 +35,7 @@ SCRIPTS = Path(__file__).resolve().parent
 RESULTS = SCRIPTS.parent / "recipes" / "RESULTS.md"
 SEED = 0
 EARLIER = ", made up for earlier layers"
+EARLIER_OURS = f"{EARLIER} by netsuke"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,15 @@ PEERS = {
             Cell("gptq", bits=2, group_size=64, symmetric=False),
         ),
         "which is also how it stores scales and whatever it does not quantize, and has its defaults otherwise",
+    ),
+    "gptqmodel": Peer(
+        "gptqmodel",
+        SCRIPTS / "quantize_with_gptqmodel.py",
+        (
+            Cell("gptq", 3, 128, symmetric=False, only_ours=("asymmetric=true",), words=EARLIER_OURS),
+            Cell("gptq", 2, 64, symmetric=False, only_ours=("asymmetric=true",), words=EARLIER_OURS),
+        ),
+        "and has its defaults otherwise; it is scored with its own rounded weights",
     ),
     "auto-round": Peer(
         "auto_round",
