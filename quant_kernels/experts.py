@@ -169,13 +169,13 @@ def configuration(
     pairs: int, num_experts: int, outputs: int, inputs: int, group_size: int, device: torch.device
 ) -> Config:
     """As measured on this GPU, else as for one weight that has the outputs of all experts that can be in use, and the
-    tokens of an expert if all have the same; but blocks of 128 tokens have no registers left to split sums."""
+    tokens of an expert if all have the same; but blocks of 64 tokens and more have no registers left to split sums."""
     tokens = triton.cdiv(pairs, num_experts)
     found = tabled("w4a16_experts", device, outputs, inputs, group_size, tokens)
     if found is not None:
         return found
     config = wna16.configuration(tokens, min(pairs, num_experts) * outputs, inputs, group_size, 4, device)
-    return config if config.block_m < 128 else replace(config, split_k=1)
+    return config if config.block_m < 64 else replace(config, split_k=1)
 
 
 def _check(
@@ -248,7 +248,7 @@ def gates() -> tuple[Gate, ...]:
         for config, instructions in zip(wna16.shipped(4, capability == 90).values(), recorded, strict=True):
             constants = {
                 "GROUP": group_size, "ZERO": zero, "BIAS": True, "WEIGHTED": True, "EVEN_K": True, "ASM": True,
-                "INTERP": False, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": config.block_m < 128,
+                "INTERP": False, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": config.block_m < 64,
                 "SWAP": config.swap,
             }  # fmt: skip
             variant = Variant(
