@@ -13,15 +13,21 @@ from typing import Any
 import torch
 
 import quant_kernels
-from compress.core.scheme import WEIGHT_BITS, Grid
-from quant_kernels import cpu, gpu, native, reference
+from compress.core.inputs import round_inputs
+from compress.core.scheme import WEIGHT_BITS, Scheme, parse_scheme
+from compress.quantize.rtn import rtn
+from compress.runtime.modules import QuantLinear, levels_of
+from quant_kernels import cpu, gpu, native
 
+SCHEMES = (*(f"w{bits}a16" for bits in WEIGHT_BITS), "w8a8", "w4a8", "fp8", "fp8a16", "nvfp4a16", "mxfp4a16", "w4a4")
+"""What is told about."""
 TYPICAL = 4096
 """Rows and columns of the layer for which a backend is chosen."""
 TRIED = (1, 3, 80)
 """Numbers of tokens for which a kernel is tried: a step of decoding, a few, a prompt."""
-TOLERANCE = 0.01
-"""Relative error up to which a bfloat16 kernel agrees with the reference; rounding alone gives 0.002."""
+TOLERANCE = 0.02
+"""Relative error up to which a bfloat16 kernel agrees with the reference; rounding alone gives 0.002, and 0.01 where
+a kernel rounds inputs on a grid of its own (max / 127, not 127.5)."""
 
 
 def diagnose() -> dict[str, Any]:
@@ -31,7 +37,7 @@ def diagnose() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers")},
         "device": describe(device),
-        "backends": {f"w{bits}a16": _backend(bits, device) for bits in WEIGHT_BITS},
+        "backends": {name: _backend(parse_scheme(name), device) for name in SCHEMES},
     }
 
 
@@ -45,22 +51,28 @@ def describe(device: str) -> str:
     return f"cpu ({', '.join([cpu.instruction_set(), *extras])}; {torch.get_num_threads()} threads)"
 
 
-def typical_grid(bits: int) -> Grid:
-    """The grid such weights most often have: groups up to 4 bits, one scale per channel above."""
-    return Grid(bits, group_size=128 if bits <= 4 else None)
-
-
-def _backend(bits: int, device: str) -> dict[str, str]:
-    grid, dtype = typical_grid(bits), torch.bfloat16
+def _backend(scheme: Scheme, device: str) -> dict[str, str]:
+    grid, dtype = scheme.weights, torch.bfloat16
+    whole = grid.kind == "int"
     chosen = quant_kernels.choose(
-        bits, grid.group_size, grid.symmetric, dtype, device, in_features=TYPICAL, out_features=TYPICAL
+        grid.bits if whole else 8,  # a float takes a byte
+        grid.group_size,
+        grid.symmetric,
+        dtype,
+        device,
+        in_features=TYPICAL,
+        out_features=TYPICAL,
+        levels="int" if whole else "fp8",
+        inputs=levels_of(scheme.inputs),
     )
-    error = kernel_error(grid, dtype, device)
+    error = kernel_error(scheme, dtype, device)
     verdict = f"agrees with the reference to {error:.1e}"
     if not error <= TOLERANCE:
         verdict = f"COMPUTES WRONGLY HERE, relative error {error:.1e}: load with dtype=torch.float32 and report it"
     groups = "one scale per channel" if grid.group_size is None else f"groups of {grid.group_size}"
-    how = "; ".join([chosen.reason, *_for_prompts(chosen.name), verdict])
+    by_itself = chosen.name in {kernel.name for kernel in quant_kernels.KERNELS if kernel.inputs}
+    rounding = ["inputs are rounded before, by torch"] if scheme.inputs and not by_itself else []
+    how = "; ".join([chosen.reason, *rounding, *_for_prompts(chosen.name), verdict])
     return {"backend": chosen.name, "reason": f"{groups}, bfloat16: {how}"}
 
 
@@ -73,23 +85,21 @@ def _for_prompts(backend: str) -> list[str]:
     dtype = str(cpu.product_dtype()).removeprefix("torch.")
     words = [f"unpacked weights are multiplied in {dtype}, the faster type here"]
     if backend == "cpu_int4" and native.loops() is None:
-        words.append("without a C compiler they are unpacked by torch, which takes several times as long")
+        words.append("without AVX512 and a C compiler they are unpacked by torch, which takes several times as long")
     return words
 
 
-def kernel_error(grid: Grid, dtype: torch.dtype, device: str) -> float:
-    """Relative error of the chosen kernel against the reference in float32, on a small random layer, at its worst."""
+def kernel_error(scheme: Scheme, dtype: torch.dtype, device: str) -> float:
+    """Relative error of the chosen kernel against float32 arithmetic, on a small random layer, at its worst."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = 512, 2048
-    codes = torch.randint(int(grid.qmin), int(grid.qmax) + 1, (rows, columns), generator=generator, dtype=torch.int8)
-    scale = (torch.rand(rows, grid.num_groups(columns), generator=generator) - 0.5).to(dtype)
-    packed = quant_kernels.pack(codes, scale, None, bits=grid.bits, dtype=dtype, device=device)
-    plain = reference.pack(codes, scale, None, grid.bits)
+    weight = rtn(torch.randn(rows, columns, generator=generator), scheme.weights, scale_dtype=dtype)
+    layer = QuantLinear.from_quantized(weight, inputs=scheme.inputs, dtype=dtype, device=device)
     errors = []
     for tokens in (*TRIED, *((gpu.MOST_TOKENS + 1,) if device.startswith("cuda") else ())):
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
-        y = quant_kernels.linear(x.to(device), packed).to("cpu", torch.float32)
-        exact = reference.linear_reference(x.to(torch.float32), plain)
+        y = layer(x.to(device)).to("cpu", torch.float32)
+        exact = (round_inputs(x.float(), scheme.inputs) if scheme.inputs else x.float()) @ weight.dequantize().T
         errors.append((y - exact).norm() / exact.norm())
     return float(torch.stack(errors).max())
 

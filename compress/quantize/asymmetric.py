@@ -27,7 +27,7 @@ Qronos (arXiv 2505.11695) is W′ but for the first column, which it rounds with
 before those go to the best place for what it has become. By the loop's own feedback that is one change of W′: its
 first column is set to u_0, and the others make up for that.
 
-On stories260k at 3 bits per channel the KL divergence falls from 0.503 to 0.424 by GPTAQ, to 0.403 by Qronos and to 0.382
+On stories260k at 3 bits per channel the KL divergence falls from 0.503 to 0.424 by GPTAQ, 0.403 by Qronos and 0.382
 by the closed form (`scripts/compare_methods.py`, recipes/RESULTS.md).
 """
 

@@ -85,7 +85,7 @@ class QuantLinear(nn.Module):
             bits=weight.grid.bits,
             dtype=dtype,
             device=str(device),
-            inputs=_levels(inputs),
+            inputs=levels_of(inputs),
         )
 
     @property
@@ -123,7 +123,7 @@ class QuantLinear(nn.Module):
         )
 
 
-def _levels(inputs: Grid | None) -> Levels | None:
+def levels_of(inputs: Grid | None) -> Levels | None:
     """What a kernel may round inputs to; None where none can: other bits, or scales that are not a token's."""
     if inputs is None or inputs.bits != 8 or inputs.rows != 1 or inputs.group_size is not None:
         return None

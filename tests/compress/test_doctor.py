@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress import doctor
-from compress.core.scheme import WEIGHT_BITS, Grid
+from compress.core.scheme import WEIGHT_BITS, parse_scheme
 from compress.doctor import diagnose, kernel_error
 from quant_kernels import KERNELS
 
@@ -20,7 +20,7 @@ def test_it_has_the_keys_that_scripts_read_and_is_json() -> None:
 
 def test_every_scheme_gets_a_kernel_that_exists_and_was_tried() -> None:
     backends = diagnose()["backends"]
-    assert list(backends) == [f"w{bits}a16" for bits in WEIGHT_BITS]
+    assert list(backends) == list(doctor.SCHEMES)
     names = {kernel.name for kernel in KERNELS}
     for entry in backends.values():
         assert entry["backend"] in names
@@ -37,7 +37,12 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_the_chosen_kernel_in_float32_is_exact(bits: int) -> None:
-    assert kernel_error(Grid(bits, True, 64), torch.float32, "cpu") < 1e-6
+    assert kernel_error(parse_scheme(f"w{bits}a16", 64), torch.float32, "cpu") < 1e-6
+
+
+@pytest.mark.parametrize("name", ["w8a8", "fp8", "w4a4", "nvfp4a16"])
+def test_so_it_is_where_inputs_are_rounded_or_weights_are_floats(name: str) -> None:
+    assert kernel_error(parse_scheme(name), torch.float32, "cpu") < 1e-6
 
 
 @pytest.mark.parametrize("error", [0.5, float("nan")])
