@@ -28,7 +28,9 @@ IMPORTS_BYTES = peak_bytes()
 job = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 windows = json.loads(Path(job["windows"]).read_text(encoding="utf-8"))
-config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], sym=job["symmetric"], device="cpu")
+config = QuantizeConfig(
+    bits=job["bits"], group_size=job["group_size"], sym=job["symmetric"], device="cpu", offload_to_disk=False
+)
 model = GPTQModel.load(job["model"], config)
 calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in windows]
 
@@ -41,8 +43,9 @@ cost = {
 plain = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
 for name, module in model.model.named_modules():
     if hasattr(module, "dequantize_weight"):
-        weight = module.dequantize_weight().T  # stored [in, out]
-        plain.get_submodule(name).weight.data.copy_(weight)
+        # Stored [in, out]. Zero points of GPTQ's first format are stored less one, which this does not undo.
+        weight = module.dequantize_weight().float() - module.scales[module.g_idx.long()].float()
+        plain.get_submodule(name).weight.data.copy_(weight.T)
 plain.save_pretrained(job["output"])
 AutoTokenizer.from_pretrained(job["model"]).save_pretrained(job["output"])
 print(json.dumps(cost))
