@@ -16,7 +16,7 @@ import quant_kernels
 from compress.core.inputs import round_inputs
 from compress.core.scheme import WEIGHT_BITS, Scheme, parse_scheme
 from compress.quantize.rtn import rtn
-from compress.runtime.modules import QuantLinear, levels_of
+from compress.runtime.modules import QuantLinear, levels_of, weight_levels
 from quant_kernels import cpu, gpu, native
 
 SCHEMES = (*(f"w{bits}a16" for bits in WEIGHT_BITS), "w8a8", "w4a8", "fp8", "fp8a16", "nvfp4a16", "mxfp4a16", "w4a4")
@@ -53,16 +53,15 @@ def describe(device: str) -> str:
 
 def _backend(scheme: Scheme, device: str) -> dict[str, str]:
     grid, dtype = scheme.weights, torch.bfloat16
-    whole = grid.kind == "int"
     chosen = quant_kernels.choose(
-        grid.bits if whole else 8,  # a float takes a byte
+        grid.bits,
         grid.group_size,
         grid.symmetric,
         dtype,
         device,
         in_features=TYPICAL,
         out_features=TYPICAL,
-        levels="int" if whole else "fp8",
+        levels=weight_levels(grid),
         inputs=levels_of(scheme.inputs),
     )
     error = kernel_error(scheme, dtype, device)

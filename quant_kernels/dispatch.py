@@ -14,14 +14,14 @@ from math import inf
 import torch
 from torch import Tensor
 
-from quant_kernels import cpu, gpu, gpu_rounded, native, reference
-from quant_kernels.layout import Levels, LinearSpec, Packed, check
+from quant_kernels import cpu, gpu, gpu_fp4, gpu_rounded, native, reference
+from quant_kernels.layout import Levels, LinearSpec, Packed, check, levels_of
 from quant_kernels.reference import DequantizeRows
 
 Objection = Callable[[LinearSpec], str | None]
 """Why a kernel cannot run a layer, as the rest of a sentence that starts with its name; None where it can."""
-Pack = Callable[[Tensor, Tensor, Tensor | None, int], Packed]
-"""(codes, scale, zero_point, bits) → the kernel's layout."""
+Pack = Callable[..., Packed]
+"""(codes, scale, zero_point, bits) → the kernel's layout; one that takes FP4 has `global_scale` as a fifth argument."""
 Linear = Callable[[Tensor, Packed, Tensor | None], Tensor]
 """(x [tokens, in], weight, bias) → [tokens, out]."""
 
@@ -95,6 +95,10 @@ KERNELS: tuple[Kernel, ...] = (
            gpu_rounded.dequantize_fp8_word_rows, (
         Route(inf, "our Triton kernel on FP8 weights", gpu_rounded.linear_fp8_weights),
     ), levels=("fp8",)),
+    Kernel("gpu_fp4", ("cuda",), HALF, gpu_fp4.fp4_objection, gpu_fp4.pack_fp4, gpu_fp4.dequantize_fp4_rows, (
+        Route(gpu.MOST_TOKENS, "our Triton kernel on words of 4-bit floats", gpu_fp4.linear_fp4),
+        Route(inf, "dequantized once, then torch's matrix product", gpu_fp4.linear_fp4_dense),
+    ), levels=("fp4",)),
     Kernel("gpu_int4", ("cuda",), HALF, gpu.int4_objection, gpu.pack_int4, gpu.dequantize_int4_rows, (
         Route(gpu.MOST_TOKENS, "our Triton kernel on words of 2, 3 or 4 bits", gpu.linear_int4),
         Route(inf, "dequantized once, then torch's matrix product", gpu.linear_int4_dense),
@@ -115,7 +119,7 @@ KERNELS: tuple[Kernel, ...] = (
     )),
     Kernel("reference", (), (), reference.objection, reference.pack, reference.dequantize_rows, (
         Route(inf, "dequantizes a chunk of rows at a time, then torch's matrix product", reference.linear_reference),
-    ), levels=("int", "fp8")),
+    ), levels=("int", "fp8", "fp4")),
 )  # fmt: skip
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
@@ -165,22 +169,25 @@ def pack(
     dtype: torch.dtype,
     device: str = "cpu",
     inputs: Levels | None = None,
+    global_scale: Tensor | None = None,
 ) -> Packed:
     """A weight in the layout of the kernel chosen for it, on `device`.
 
-    codes: int8 [out, in], signed, or levels of a float format in float8_e4m3fn; scale: float [out, groups];
-    zero_point: int8 [out, groups] or None for a symmetric weight; dtype: of the activations to come; inputs: what
-    these are to be rounded to, which a kernel may do itself (`rounds_inputs`). Raises ValueError where these are not a
-    weight.
+    codes: int8 [out, in], signed; levels of a float format in float8_e4m3fn; or FP4, uint8 [out, in / 2], the even
+    column in the low nibble. scale: float [out, groups]; FP4's is float8_e4m3fn in groups of 16, divided by
+    `global_scale`, float32 [1] (NVFP4), or float8_e8m0fnu in groups of 32 (MXFP4). zero_point: int8 [out, groups] or
+    None for a symmetric weight; dtype: of the activations to come; inputs: what these are to be rounded to, which a
+    kernel may do itself (`rounds_inputs`). Raises ValueError where these are not a weight.
     """
-    check(codes, scale, zero_point, bits)
-    levels: Levels = "fp8" if codes.dtype == torch.float8_e4m3fn else "int"
+    check(codes, scale, zero_point, bits, global_scale)
+    levels = levels_of(codes)
     bits = 8 if levels == "fp8" else bits  # whatever floats they are, each takes a byte
-    rows, columns = codes.shape
+    rows, columns = codes.shape[0], codes.shape[1] * (2 if levels == "fp4" else 1)
     group_size = columns // scale.shape[1]
     backend = choose(bits, group_size, zero_point is None, dtype, device, columns, rows, levels, inputs)
     moved = None if zero_point is None else zero_point.to(device)
-    return _BY_NAME[backend.name].pack(codes.to(device), scale.to(device), moved, bits)
+    overall = () if global_scale is None else (global_scale.to(device),)
+    return _BY_NAME[backend.name].pack(codes.to(device), scale.to(device), moved, bits, *overall)
 
 
 def rounds_inputs(packed: Packed) -> bool:

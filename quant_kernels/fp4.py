@@ -11,6 +11,9 @@ Each weight is scaled before it is multiplied: one instruction for two, without 
 scale sums instead, as `quant_kernels.wna16` does, would save nothing: bfloat16 codes come in as subnormal numbers, and
 need a multiplication anyway. Weights are the left operand (`swap`), which Hopper takes from registers; for few tokens
 either order takes as many instructions.
+
+`dequantize_fp4` makes the plain weight [outputs, inputs], for products with so many tokens that a library's is worth
+the detour: float16 or bfloat16, rounded once from float32. A block makes one tile of 64 outputs and 128 inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from quant_kernels.fp4_words import (
 from quant_kernels.gate import Gate, Variant
 from quant_kernels.split_k import share, sum_splits
 from quant_kernels.tuning import Config, fitted, gpu_of, split_sums, tabled
-from quant_kernels.words import TILE_WORDS, word_offsets, word_shape
+from quant_kernels.words import TILE_COLUMNS, TILE_ROWS, TILE_WORDS, word_offsets, word_shape
 
 
 def w4a16_fp4_reference(
@@ -128,6 +131,51 @@ def w4a16_fp4(x: Tensor, words: Tensor, scale: Tensor, global_scale: Tensor, bia
     return y
 
 
+def dequantize_fp4_reference(
+    words: Tensor, scale: Tensor, global_scale: Tensor, inputs: int, dtype: torch.dtype
+) -> Tensor:
+    """In float64, then float32, rounded once more."""
+    return dequantize(words, scale, global_scale, inputs).to(dtype)
+
+
+@triton.jit
+def _dequantize_fp4_kernel(  # type: ignore[no-untyped-def]
+    words, scale, global_scale, weight, N, K,
+    NVFP4: tl.constexpr, ASM: tl.constexpr, INTERP: tl.constexpr,
+):  # fmt: skip
+    """INTERP: compute in float32."""
+    DTYPE: tl.constexpr = tl.float32 if INTERP else weight.dtype.element_ty
+    HALVES: tl.constexpr = 2 if NVFP4 else 1
+    tiles_k = tl.cdiv(K, 128)
+    step = tl.program_id(0) % tiles_k
+    rows = tl.program_id(0) // tiles_k * 64 + tl.arange(0, 64)
+    read_rows = tl.minimum(rows, N - 1)
+    half = tl.arange(0, HALVES)[None, :]
+    planes = unpack_codes(tl.load(words + word_offsets(rows, K) + step * TILE_WORDS), DTYPE, ASM)
+    scale_at = scale + (step.to(tl.int64) * HALVES + half) * N + read_rows[:, None]
+    scales = unpack_scales(tl.load(scale_at), NVFP4, DTYPE, ASM)
+    factor = tl.div_rn(NVFP4_FACTOR if NVFP4 else MXFP4_FACTOR, tl.load(global_scale))
+    for plane in tl.static_range(4):
+        inputs = step * 128 + plane * 32 + tl.arange(0, 32)
+        s = tl.reshape(tl.broadcast_to(scales[plane][:, :, None], (64, HALVES, 32 // HALVES)), (64, 32))
+        value = (planes[plane] * s).to(tl.float32) * factor
+        weight_at = weight + rows.to(tl.int64)[:, None] * K + inputs[None, :]
+        tl.store(weight_at, value.to(weight.dtype.element_ty), mask=(rows < N)[:, None] & (inputs < K)[None, :])
+
+
+def dequantize_fp4(words: Tensor, scale: Tensor, global_scale: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
+    """[outputs, inputs]. Raises ValueError where an argument is not as described above."""
+    group_size = _check_weight(words, scale, global_scale, inputs, words.device)
+    if dtype not in FLOATS or (dtype == torch.float32 and not library.INTERPRETED):
+        raise ValueError(f"dtype={dtype}: weights are made in torch.float16 or torch.bfloat16")
+    weight = torch.empty(scale.shape[1], inputs, dtype=dtype, device=words.device)
+    _dequantize_fp4_kernel[(triton.cdiv(len(weight), TILE_ROWS) * triton.cdiv(inputs, TILE_COLUMNS),)](
+        words, scale, global_scale, weight, *weight.shape,
+        NVFP4=group_size == NVFP4_GROUP, ASM=library.ASSEMBLY, INTERP=library.INTERPRETED, num_warps=4,
+    )  # fmt: skip
+    return weight
+
+
 FEW = Config(16, 64, num_warps=2, swap=True)
 SOME = Config(32, 128, num_warps=4, swap=True)
 MORE = Config(64, 128, num_warps=4, num_stages=3, swap=True)
@@ -154,12 +202,18 @@ def configuration(tokens: int, outputs: int, inputs: int, group_size: int, devic
 def _check(x: Tensor, words: Tensor, scale: Tensor, global_scale: Tensor, bias: Tensor | None) -> int:
     """The group size. Raises ValueError."""
     expect("x", x, FLOATS if library.INTERPRETED else FLOATS[:2], [None, None], x.device)
-    expect("scale", scale, (torch.int32,), [None, None], x.device)
-    group_size = group_size_of(scale, x.shape[1])
-    expect("words", words, (torch.int16,), word_shape(scale.shape[1], x.shape[1]), x.device)
-    expect("global_scale", global_scale, (torch.float32,), [1], x.device)
+    group_size = _check_weight(words, scale, global_scale, x.shape[1], x.device)
     if bias is not None:
         expect("bias", bias, FLOATS, [scale.shape[1]], x.device)
+    return group_size
+
+
+def _check_weight(words: Tensor, scale: Tensor, global_scale: Tensor, inputs: int, device: torch.device) -> int:
+    """The group size. Raises ValueError."""
+    expect("scale", scale, (torch.int32,), [None, None], device)
+    group_size = group_size_of(scale, inputs)
+    expect("words", words, (torch.int16,), word_shape(scale.shape[1], inputs), device)
+    expect("global_scale", global_scale, (torch.float32,), [1], device)
     return group_size
 
 
@@ -168,6 +222,12 @@ library.register(
     launch=w4a16_fp4,
     reference=w4a16_fp4_reference,
     fake=lambda x, words, scale, global_scale, bias=None: x.new_empty(x.shape[0], scale.shape[1]),
+)
+library.register(
+    "dequantize_fp4(Tensor words, Tensor scale, Tensor global_scale, int inputs, ScalarType dtype) -> Tensor",
+    launch=dequantize_fp4,
+    reference=dequantize_fp4_reference,
+    fake=lambda words, scale, global_scale, inputs, dtype: words.new_empty(scale.shape[1], inputs, dtype=dtype),
 )
 
 

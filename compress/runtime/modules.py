@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import quant_kernels
 from compress.core.hadamard import hadamard
 from compress.core.inputs import round_inputs
+from compress.core.minifloat import pack_e2m1
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid, Scheme
 from quant_kernels import Packed
@@ -28,6 +29,7 @@ class QuantLinear(nn.Module):
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    global_scale: Tensor | None
     bias: Tensor | None
     input_scale: Tensor | None
 
@@ -51,6 +53,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("codes", packed.codes)
         self.register_buffer("scale", packed.scale)
         self.register_buffer("zero_point", packed.zero_point)
+        self.register_buffer("global_scale", packed.global_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
 
@@ -78,21 +81,23 @@ class QuantLinear(nn.Module):
 
     @staticmethod
     def _pack(weight: QuantizedTensor, inputs: Grid | None, dtype: torch.dtype, device: str | torch.device) -> Packed:
+        levels = weight_levels(weight.grid)
         return quant_kernels.pack(
-            weight.codes,
-            weight.scale if weight.grid.kind == "int" else weight.step,
+            pack_e2m1(weight.codes) if levels == "fp4" else weight.codes,
+            weight.step if levels == "fp8" else weight.scale,
             weight.zero_point,
             bits=weight.grid.bits,
             dtype=dtype,
             device=str(device),
             inputs=levels_of(inputs),
+            global_scale=weight.global_scale,
         )
 
     @property
     def packed(self) -> Packed:
         """The buffers as a weight; made once, since looking up a module's buffers takes longer than a small layer."""
         if self._packed is None or self._packed.codes is not self._buffers["codes"]:
-            tensors = self.codes, self.scale, self.zero_point
+            tensors = self.codes, self.scale, self.zero_point, self.global_scale
             self._packed = Packed(self.backend, self._bits, self.out_features, self.in_features, *tensors)
         return self._packed
 
@@ -121,6 +126,11 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.scheme.name}{group_size}, backend={self.backend}"
         )
+
+
+def weight_levels(grid: Grid) -> Levels:
+    """What the codes of a weight are to a kernel."""
+    return "int" if grid.kind == "int" else "fp8" if grid.bits == 8 else "fp4"
 
 
 def levels_of(inputs: Grid | None) -> Levels | None:

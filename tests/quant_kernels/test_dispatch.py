@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from quant_kernels import KERNELS, choose, cpu, dequantize, linear, pack
 
@@ -112,3 +113,37 @@ def test_what_is_no_weight_is_not_packed() -> None:
     codes, scale, _ = weight(4)
     with pytest.raises(ValueError, match="3 bits reach"):
         pack(codes, scale, None, bits=3, dtype=torch.float32)
+
+
+FP4 = {"codes": torch.zeros(3, 32, dtype=torch.uint8), "zero_point": None, "bits": 4, "dtype": torch.float32}
+E4M3, E8M0 = torch.ones(3, 4).to(torch.float8_e4m3fn), torch.ones(3, 2).to(torch.float8_e8m0fnu)
+OVERALL = torch.ones(1)
+WRONG: dict[str, dict[str, Any]] = {
+    "which are FP4, two to a byte, but bits=8": {"bits": 8},
+    "scale is torch.float32, expected torch.float8_e4m3fn or torch.float8_e8m0fnu": {"scale": E4M3.float()},
+    r"scale has shape \[3, 2\] and is torch.float8_e4m3fn, in which 64 columns have groups of 16": {
+        "scale": E4M3[:, :2]
+    },
+    r"scale has shape \[3, 4\] and is torch.float8_e8m0fnu": {"scale": E8M0.repeat(1, 2)},
+    r"scale has shape \[2, 4\]": {"scale": E4M3[:2]},
+    "zero_point is given, but floats have none": {"zero_point": torch.zeros(3, 4, dtype=torch.int8)},
+    "global_scale is missing": {"global_scale": None},
+    r"global_scale is torch.float32 of shape \[\]": {"global_scale": torch.tensor(1.0)},
+    "global_scale is given, but MXFP4 has none": {"scale": E8M0},
+    "global_scale is given for codes of torch.int8": {"codes": torch.zeros(3, 64, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_neither_nvfp4_nor_mxfp4_is_not_packed(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack(**FP4 | {"scale": E4M3, "global_scale": OVERALL} | WRONG[message])
+
+
+@pytest.mark.parametrize(("scale", "overall"), [(E4M3, OVERALL), (E8M0, None)], ids=["nvfp4", "mxfp4"])
+def test_4_bit_floats_take_half_a_byte_and_the_scales_they_came_with(scale: Tensor, overall: Tensor | None) -> None:
+    packed = pack(**FP4, scale=scale, global_scale=overall)
+    assert packed.kernel == "reference"
+    assert (packed.out_features, packed.in_features) == (3, 64)
+    assert packed.nbytes == 3 * 64 // 2 + scale.numel() + (4 if overall is not None else 0)
+    assert linear(torch.ones(2, 64), packed).shape == (2, 3)

@@ -67,3 +67,23 @@ def test_codes_of_up_to_four_bits_take_half_a_byte(bits: int) -> None:
     codes, scale, _ = random_weight(16, 64, 2, bits, symmetric=True)
     packed = pack(codes, scale, None, bits)
     assert packed.codes.nbytes == 16 * 64 * (0.5 if bits <= 4 else 1)
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+def test_4_bit_floats_are_values_times_scales_two_to_a_byte(form: str) -> None:
+    """Every byte there is, with every scale that has a value."""
+    codes = torch.arange(256, dtype=torch.uint8).view(8, 32).repeat(16, 1)
+    if form == "nvfp4":
+        scale = torch.arange(512).view(128, 4).remainder(127).to(torch.uint8).view(torch.float8_e4m3fn)
+        packed, divisor, group_size = pack(codes, scale, None, 4, torch.tensor([300.0])), 300.0, 16
+    else:
+        scale = torch.arange(256).view(128, 2).clamp(max=254).to(torch.uint8).view(torch.float8_e8m0fnu)
+        packed, divisor, group_size = pack(codes, scale, None, 4), 1.0, 32
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    levels = torch.empty(128, 64)
+    levels[:, ::2], levels[:, 1::2] = values[codes.long() % 16], values[codes.long() // 16]
+    expected = levels * (scale.float() / divisor)[:, torch.arange(64) // group_size]
+    assert packed.codes.nbytes == 128 * 64 // 2
+    for start, stop in ((0, 64), (64, 128), (0, 128)):
+        rows = dequantize_rows(packed, start, stop, torch.float32)
+        assert torch.equal(rows.view(torch.int32), expected[start:stop].view(torch.int32)), "signs of zeros too"
