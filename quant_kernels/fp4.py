@@ -241,7 +241,7 @@ RECORDED: dict[tuple[int, int], tuple[float, ...]] = {
 
 
 def gates() -> tuple[Gate, ...]:
-    """What `configuration` gives, with split sums and a bias, for bfloat16."""
+    """What `configuration` gives, with split sums and a bias, and the dequantizing kernels, for bfloat16."""
     pointers = {
         "x": "*bf16", "words": "*i16", "scale": "*i32", "global_scale": "*fp32", "bias": "*bf16", "y": "*bf16",
         "partials": "*fp32", "counters": "*i32",
@@ -262,4 +262,12 @@ def gates() -> tuple[Gate, ...]:
             opcode = "HGMMA" if capability == 90 and config.block_m > 16 else "HMMA"
             representative = (capability, group_size, config) in ((90, 16, FEW), (90, 32, MORE), (80, 16, FEW))
             made.append(Gate(name, variant, capability, opcode, instructions, representative))
+    plain = {"words": "*i16", "scale": "*i32", "global_scale": "*fp32", "weight": "*bf16"}
+    for capability, group_size in RECORDED:
+        constants = {"NVFP4": group_size == NVFP4_GROUP, "ASM": True, "INTERP": False}
+        variant = Variant(
+            _dequantize_fp4_kernel, plain | {"N": "i32", "K": "i32"}, constants, (*plain, "N", "K"),
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+        made.append(Gate(f"dequantize_fp4 g{group_size}", variant, capability, ""))
     return tuple(made)

@@ -27,11 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from quant_kernels.arguments import expect
+from quant_kernels.layout import E2M1
 from quant_kernels.words import pack_words, unpack_words
 
 NVFP4_GROUP, MXFP4_GROUP = 16, 32
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""Of the codes."""
 NVFP4_FACTOR, MXFP4_FACTOR = tl.constexpr(256.0), tl.constexpr(0.5)
 """What products of unpacked codes and scales have to be multiplied by."""
 
@@ -118,7 +117,7 @@ def dequantize(words: Tensor, scale: Tensor, global_scale: Tensor, inputs: int) 
     group_size = group_size_of(scale, inputs)
     stored = _unpack_scale(scale, inputs, group_size)
     s = stored.view(torch.float8_e4m3fn).double() if group_size == NVFP4_GROUP else torch.exp2(stored.double() - 254)
-    values = torch.tensor(VALUES, dtype=torch.float64, device=words.device)
+    values = torch.tensor(E2M1, dtype=torch.float64, device=words.device)
     weight = values[unpack_words(words, scale.shape[1], inputs).long()]
     return (weight * s.repeat_interleave(group_size, dim=1)[:, :inputs] / global_scale.double()).float()
 

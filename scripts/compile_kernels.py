@@ -26,6 +26,7 @@ OPERATORS = (
     "dequantize_words",
     "w8a16",
     "w4a8",
+    "hadamard",
     "token_quant",
     "norm_quant",
     "silu_mul_quant",

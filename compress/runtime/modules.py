@@ -107,7 +107,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rotated:
-            x = hadamard(x, self.rotated)
+            x = _turned(x, self.rotated)
         if self.scheme.inputs and not self._rounds_inputs:
             x = round_inputs(x, self.scheme.inputs, self.input_scale)
         return self._multiply(x)
@@ -131,6 +131,17 @@ class QuantLinear(nn.Module):
 def weight_levels(grid: Grid) -> Levels:
     """What the codes of a weight are to a kernel."""
     return "int" if grid.kind == "int" else "fp8" if grid.bits == 8 else "fp4"
+
+
+def _turned(x: Tensor, size: int) -> Tensor:
+    """Inputs rotated in runs of `size`: on a GPU by our kernel, in one pass over them."""
+    if x.device.type != "cuda":
+        return hadamard(x, size)
+    from quant_kernels import hadamard as kernel
+
+    if size > kernel.MOST:
+        return hadamard(x, size)
+    return torch.ops.netsuke.hadamard(x.reshape(-1, x.shape[-1]).contiguous(), size).view(x.shape)
 
 
 def levels_of(inputs: Grid | None) -> Levels | None:

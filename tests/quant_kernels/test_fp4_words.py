@@ -16,7 +16,6 @@ from quant_kernels import fp4_words, library
 from quant_kernels.fp4_words import (
     MXFP4_FACTOR,
     NVFP4_FACTOR,
-    VALUES,
     dequantize,
     pack_mxfp4,
     pack_nvfp4,
@@ -25,6 +24,7 @@ from quant_kernels.fp4_words import (
     unpack_nvfp4,
     unpack_scales,
 )
+from quant_kernels.layout import E2M1
 
 Bits = NDArray[np.uint32]
 SIZES = [(1, 2), (1, 32), (3, 48), (70, 160), (65, 130), (5, 256), (0, 64)]
@@ -127,7 +127,7 @@ SCALES = {
     ("MXFP4", "bfloat16"): fp4_words.BFLOAT16_MXFP4,
     ("MXFP4", "float16"): fp4_words.FLOAT16_MXFP4,
 }
-VALUE = np.array(VALUES)
+VALUE = np.array(E2M1)
 E4M3_VALUE = torch.arange(127, dtype=torch.uint8).view(E4M3).double().numpy()
 
 
@@ -256,7 +256,7 @@ def check_kernel(nvfp4: bool, device: str, dtype: tl.dtype, asm: bool) -> None:
     factor = NVFP4_FACTOR.value if nvfp4 else MXFP4_FACTOR.value
     s = stored.view(E4M3).double() if nvfp4 else torch.exp2(stored.double() - 254)
     for plane in range(4):
-        value = torch.tensor(VALUES, dtype=torch.float64)[(words.long() >> 4 * plane) & 15]
+        value = torch.tensor(E2M1, dtype=torch.float64)[(words.long() >> 4 * plane) & 15]
         assert torch.equal((codes[plane].double() * scales[plane].double()).cpu() * factor, value * s[:, plane])
 
 
