@@ -23,6 +23,7 @@ _HOME = {
     "GPTQ": "compress.quantize.gptq",
     "Grid": "compress.core.scheme",
     "HQQ": "compress.quantize.hqq",
+    "KVCache": "compress.quantize.kv_cache",
     "LowRank": "compress.quantize.low_rank",
     "ModelError": "compress.errors",
     "NetsukeError": "compress.errors",
@@ -39,6 +40,7 @@ _HOME = {
     "generate": "compress.runtime.generate",
     "load": "compress.runtime.load",
     "prepare": "compress.pipeline",
+    "quantized_cache": "compress.runtime.attention",
     "run": "compress.pipeline",
 }
 
@@ -60,9 +62,11 @@ if TYPE_CHECKING:
     from compress.quantize.bias_correction import BiasCorrection as BiasCorrection
     from compress.quantize.gptq import GPTQ as GPTQ
     from compress.quantize.hqq import HQQ as HQQ
+    from compress.quantize.kv_cache import KVCache as KVCache
     from compress.quantize.low_rank import LowRank as LowRank
     from compress.quantize.rtn import RTN as RTN
     from compress.recipe import Recipe as Recipe
+    from compress.runtime.attention import quantized_cache as quantized_cache
     from compress.runtime.generate import generate as generate
     from compress.runtime.load import load as load
     from compress.transform.awq import AWQ as AWQ

@@ -26,6 +26,7 @@ from compress.checkpoint.adapter import ADAPTER, adapter_config, create_adapter,
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key, write_atomically
 from compress.checkpoint.weights import open_model
+from compress.core.kv import kv_entry
 from compress.errors import VerificationError
 from compress.footprint import peak_memory_so_far, versions
 from compress.models.store import LazyModel, compute_dtype, give_back, load_tokenizer
@@ -184,8 +185,10 @@ class Job:
         kept = [name for name in linear if name not in self.plan.quantized]
         online, dtype = self.model.weights.online, self.plan.layers[0].dtype
         quantization = self.plan.format.quantization_config(self.plan.quantized, kept, online, dtype)
-        if quantization:
+        if quantization and self.plan.quantized:
             config["quantization_config"] = quantization
+        if self.plan.recipe.cache:
+            config |= kv_entry(self.plan.recipe.cache.scheme)
         names = [self.folder.shard_name(index) for index in range(len(self.plan.shards))]
         index = {name: names[shard] for shard, held in enumerate(self.plan.shards) for name in held}
         self.folder.write_rest(self.plan.folder, config, index, self.plan.tensor_bytes_after)

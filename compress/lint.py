@@ -38,6 +38,10 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], biased: b
             if stage.name == "bias_correction" and not biased:
                 problems.append(f"{where}: {stage.name} would change nothing: no quantized layer has a bias")
             continue
+        if stage.role == "cache":
+            if stage is not recipe.cache:
+                problems.append(f"{where}: one {stage.name} holds for all layers; leave out the second")
+            continue
         if stage.role == "allocator" and stage is not recipe.allocator:
             problems.append(f"{where}: one {stage.name} decides for all layers; leave out the second")
         if not any(later > index for later in quantizers):

@@ -130,11 +130,11 @@ class Plan:
         }
 
     @property
-    def bits_per_weight(self) -> float:
+    def bits_per_weight(self) -> float | None:
         """Bits per weight over the quantized layers; scales, zero points and low-rank products included."""
         layers = [layer for layer in self.layers if layer.scheme]
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-        return 8 * sum(layer.bytes_after for layer in layers) / weights
+        return 8 * sum(layer.bytes_after for layer in layers) / weights if weights else None
 
     @property
     def tensor_bytes_after(self) -> int:
@@ -225,6 +225,9 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
         layer.name: _shape(tensors[f"{layer.name}.weight"], anatomy) for layer in candidates if layer.name in schemes
     }
     problems += lint.stages(recipe, anatomy, owner, any(f"{name}.bias" in tensors for name in owner))
+    if recipe.cache:
+        where = recipe.where("stages", recipe.stages.index(recipe.cache), recipe.cache.name)
+        problems += [f"{where}: {problem}" for problem in recipe.cache.problems(anatomy, folder.config)]
     problems += lint.groups(recipe, owner, schemes, shapes)
     units: list[Unit] = []
     if recipe.allocator and not problems:
@@ -260,6 +263,8 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
         notes.append(f"{anatomy.head} was tied to {anatomy.embedding}; rotated it has a weight of its own")
     if view and view.online:
         notes.append("inputs are rotated while the model runs: vLLM and compress.load do that, transformers does not")
+    if recipe.cache:
+        notes.append(recipe.cache.summary(folder.config, num_blocks))
     if ranks and form.packs:
         notes.append(
             f"{ADAPTER}/ makes up for {len(ranks)} layers, by a LoRA of rank {max(ranks.values())}: compress.load "

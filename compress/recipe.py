@@ -107,6 +107,11 @@ class Recipe:
         """The stage that decides the bits of the quantizers behind it, None where they are given."""
         return next((stage for stage in self.stages if stage.role == "allocator"), None)
 
+    @property
+    def cache(self) -> Any:
+        """The stage that says how keys and values are kept, None where they keep their precision."""
+        return next((stage for stage in self.stages if stage.role == "cache"), None)
+
     def where(self, *path: str | int) -> str:
         """Where to point in a complaint about `path`: its own place or that of the nearest part around it."""
         return nearest(self.positions, path) or self.source or self.name
@@ -161,7 +166,7 @@ def describe(path: Path) -> str:
 
 def stage_table() -> dict[str, type]:
     """Every stage a recipe may name. Only this needs torch."""
-    from compress.quantize import ALLOCATORS, CORRECTORS, METHODS
+    from compress.quantize import ALLOCATORS, CACHES, CORRECTORS, METHODS
     from compress.transform import TRANSFORMS
 
-    return {**TRANSFORMS, **ALLOCATORS, **METHODS, **CORRECTORS}
+    return {**TRANSFORMS, **ALLOCATORS, **METHODS, **CORRECTORS, **CACHES}

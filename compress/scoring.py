@@ -17,9 +17,10 @@ from torch import Tensor
 
 from compress.checkpoint import READERS
 from compress.checkpoint.weights import open_model
+from compress.core.kv import kv_scheme_of
 from compress.errors import DataError, ModelError, NumericalError, RequestError, eval_package
 from compress.models.headers import read_json
-from compress.models.store import load_tokenizer, local_folder, read_config
+from compress.models.store import LazyModel, load_tokenizer, local_folder, read_config
 
 Progress = Callable[[str, float, str], None]
 """Called with the phase, the share of the whole that is done (0…1), and a few words."""
@@ -33,20 +34,33 @@ def is_streamed(quantization: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Tensor]]:
-    """A folder as a function from token ids [batch, length] to logits [batch, length, vocabulary], in float32."""
-    quantization = read_json(folder / "config.json").get("quantization_config") or {}
+    """A folder as a function from token ids [batch, length] to logits [batch, length, vocabulary], in float32.
+
+    Where its keys and values are to be quantized, those of the first token are a prompt, and all others read the cache.
+    """
+    config = read_json(folder / "config.json")
+    quantization, scheme = config.get("quantization_config") or {}, kv_scheme_of(config)
     if is_streamed(quantization):
         model = open_model(folder, device=device)
         if model.anatomy.head is None:
             raise ModelError(f"{folder}: is an encoder without a head over the vocabulary; it has no perplexity")
         with model.streamed():
-            yield model.logits
+            yield _decoded(model, scheme) if scheme else model.logits
         return
     from transformers import AutoModelForCausalLM
 
     with eval_package():
         from eval.evaluate import logits_of
     yield logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+
+def _decoded(model: LazyModel, scheme: str) -> Callable[[Tensor], Tensor]:
+    from compress.runtime.attention import quantized_cache
+
+    with eval_package():
+        from eval.decode_path import DecodePath
+    path = DecodePath(model.module, lambda: quantized_cache(model.module, scheme), step=None)
+    return lambda tokens: path(tokens.to(model.device))
 
 
 def score_streams(

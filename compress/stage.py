@@ -21,10 +21,10 @@ from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader
 from compress.models.store import LazyModel, Weights
 
-Role = Literal["quantizer", "transform", "corrector", "view", "allocator"]
+Role = Literal["quantizer", "transform", "corrector", "view", "allocator", "cache"]
 """A quantizer owns layers and puts them on their grids; a transform rewrites them beforehand, function preserved, and a
 corrector makes up for what was lost. A view changes the model as a whole before the walk, and an allocator decides the
-bits of the quantizers behind it."""
+bits of the quantizers behind it. A cache stage decides how the model keeps keys and values while it runs."""
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,9 @@ def plan_table(plan: dict[str, Any]) -> RenderableType:
     for (role, shape, action, scheme, group, reason), (number, before, after) in rows.items():
         table.add_row(role, str(number), shape, action, scheme, group, size(before), size(after), reason)
     saved = plan["bytes_after"] / plan["bytes_before"]
+    bits = f", {plan['bits_per_weight']:.2f} bits per quantized weight" if plan["bits_per_weight"] else ""
     totals = [
-        f"weights   {size(plan['bytes_before'])} → {size(plan['bytes_after'])} ({saved:.0%}), "
-        f"{plan['bits_per_weight']:.2f} bits per quantized weight",
+        f"weights   {size(plan['bytes_before'])} → {size(plan['bytes_after'])} ({saved:.0%}){bits}",
         f"memory    about {size(plan['peak_memory_bytes'])} at the peak",
         f"text      {plan['calibration_tokens']:,} calibration tokens",
         f"stages    {' → '.join(plan['stages'])}",
@@ -62,7 +62,8 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
     schemes = Counter(layer["scheme"] or "kept" for layer in found["layers"])
     told = ", ".join(f"{count} {scheme}" for scheme, count in schemes.items())
     bits = f", {found['bits_per_weight']:.2f} bits per quantized weight" if found["bits_per_weight"] else ""
-    return Group(table, Text(f"{found['format']}, {size(found['bytes'])}{bits}; {told}"))
+    cache = f"; KV cache: {found['kv_cache']}" if found["kv_cache"] else ""
+    return Group(table, Text(f"{found['format']}, {size(found['bytes'])}{bits}; {told}{cache}"))
 
 
 def score_table(result: dict[str, Any]) -> RenderableType:

@@ -25,10 +25,8 @@ class Decoder:
 
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=length)
-        arguments = inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"use_cache": True}
-        self._options["cache" if "cache" in arguments else "past_key_values"] = self.cache
-        if "logits_to_keep" in arguments:
+        self._options: dict[str, Any] = {"use_cache": True, cache_argument(model): self.cache}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._options["logits_to_keep"] = 1
         self._graph: torch.cuda.CUDAGraph | None = None
         self._input = self._output = torch.empty(0)
@@ -75,3 +73,8 @@ class Decoder:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._output = self._forward(self._input)
+
+
+def cache_argument(model: Any) -> str:
+    """What this version of transformers calls a model's cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

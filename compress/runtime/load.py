@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from compress.checkpoint.weights import QuantizedWeights
+from compress.core.kv import kv_scheme_of
 from compress.core.qtensor import QuantizedTensor
 from compress.errors import ModelError
 from compress.models.headers import Folder, read_folder
@@ -30,7 +31,9 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
 
     `folder` is a local folder or a hub id. `dtype` is the type of the activations, by default the
     checkpoint's own; with float32 a quantized layer computes exactly `x · dequantize(W)ᵀ`. What config.json
-    says about quantization is kept as `model.netsuke_quantization`. Raises ModelError where the folder cannot
+    says about quantization is kept as `model.netsuke_quantization`, the scheme of its cache, if any, as
+    `model.netsuke_kv_cache`: `compress.generate` honours it, `model.generate` takes `past_key_values=
+    compress.quantized_cache(model, scheme)`. Raises ModelError where the folder cannot
     be read.
     """
     path = local_folder(str(folder))
@@ -40,7 +43,8 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     dtype = stored_dtype(headers) if dtype is None else dtype
     tokenizer = load_tokenizer(path)
     quantized = "quantization_config" in headers.config
-    model = (_load_quantized if quantized else _load_plain)(headers, device, dtype)
+    model: Any = (_load_quantized if quantized else _load_plain)(headers, device, dtype)
+    model.netsuke_kv_cache = kv_scheme_of(headers.config)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -1,0 +1,105 @@
+"""The stage `kv_cache`: what it promises to the plan, what it leaves in the folder, and that readers act on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM
+
+import compress
+from compress.errors import RecipeError
+from compress.inspection import inspect
+from compress.pipeline import prepare
+from compress.recipe import parse
+from compress.runtime.cache import QuantizedCache
+
+
+def recipe(*stages: str) -> Any:
+    return parse("stages:\n" + "".join(f"  - {stage}\n" for stage in stages), "x.yaml")
+
+
+def refusal(model: Path, *stages: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        prepare(recipe(*stages), model=str(model))
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run") / "out"
+    given = recipe("kv_cache: {scheme: kv8}")
+    compress.run(given, model=str(tiny), output=output, calibration=str(text), overrides=["evaluation.samples=4"])
+    return output
+
+
+def test_weights_stay_as_they_are_and_the_config_names_the_scheme(tiny: Path, finished: Path) -> None:
+    before = load_file(tiny / "model.safetensors")
+    after: dict[str, torch.Tensor] = {}
+    for file in finished.glob("*.safetensors"):
+        after |= load_file(file)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((finished / "config.json").read_text())
+    assert config["netsuke"] == {"kv_cache": {"scheme": "kv8"}}
+    assert "quantization_config" not in config
+    assert inspect(finished)["kv_cache"] == "kv8"
+
+
+def test_it_is_scored_on_the_decode_path(finished: Path) -> None:
+    """A forward pass over the whole text would find no difference at all."""
+    text = json.loads((finished / "report.json").read_text())["evaluation"]["texts"][0]
+    assert 1e-8 < text["kl_divergence"] < 0.01
+
+
+def test_what_is_loaded_generates_with_that_cache(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = compress.load(finished, dtype=torch.float32)
+    used: list[QuantizedCache] = []
+    update = QuantizedCache.update
+
+    def watched(self: QuantizedCache, *arguments: Any, **options: Any) -> Any:
+        used.append(self)
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(QuantizedCache, "update", watched)
+    assert compress.generate(model, tokenizer, "the carver", max_new_tokens=4)
+    assert used
+    assert used[0].scheme.name == "kv8"
+
+
+def test_together_with_weights(tiny: Path, text: Path, tmp_path: Path) -> None:
+    given = recipe("rtn: {scheme: w8a16, group_size: null}", "kv_cache: {scheme: kv8}")
+    report = compress.run(
+        given, model=str(tiny), output=tmp_path / "out", calibration=str(text), overrides=["evaluation.samples=2"]
+    )
+    assert 8 < report["bits_per_weight"] < 9
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {"netsuke", "quantization_config"} <= config.keys()
+
+
+def test_the_plan_says_what_a_token_takes(tiny: Path) -> None:
+    notes = prepare(recipe("kv_cache: {scheme: kv8}"), model=str(tiny)).notes
+    assert "keys and values take 216 bytes a token, not 384" in notes
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [
+        (("kv_cache: {scheme: kv3}",), "unknown KV cache scheme 'kv3'; there are fp8, kv8"),
+        (("kv_cache: {scheme: fp8}",), "scheme fp8 has fixed scales"),
+        (("kv_cache: {scheme: kv8}", "kv_cache: {scheme: kv8}"), "x.yaml:3:5: one kv_cache holds for all layers"),
+        (("kv_cache: {scheme: kv4}",), "x.yaml:2:5: head_dim=16 is not a multiple of 32, as scheme kv4 needs"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny: Path, stages: tuple[str, ...], told: str) -> None:
+    assert told in refusal(tiny, *stages)
+
+
+def test_an_encoder_has_no_cache(tmp_path: Path) -> None:
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    assert "it does not generate, and has no cache" in refusal(tmp_path, "kv_cache: {scheme: kv8}")
