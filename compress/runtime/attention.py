@@ -94,8 +94,7 @@ def packed_attention(query: Tensor, layer: PackedLayer, scaling: float, soft_cap
     for start, end, quantized, recent, slots in layer.views(num_queries, QUERIES):
         more: dict[str, Any] = {}
         if layer.scheme.window:
-            used = slice(max(recent))
-            k_recent, v_recent = (each[:, :, used] for each in slots)
+            k_recent, v_recent = slots
             more = {"k_recent": k_recent, "v_recent": v_recent, "recent_lengths": _on(device, recent)}
         outputs.append(kv_decode_reference(
             query[:, :, start:end].contiguous(), *keys.planes, *values.planes, _on(device, quantized), scaling, **more,
