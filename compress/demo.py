@@ -41,7 +41,7 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 """Folders under the standard library's that hold somebody else's code, or tests."""
 
 
-def run_demo(folder: Path, progress: Progress | None = None) -> list[dict[str, Any]]:
+def run_demo(folder: Path, progress: Progress | None = None, *, steps: int = STEPS) -> list[dict[str, Any]]:
     """Train, compress by every recipe, and return a row of measurements for the original and each result.
 
     Raises OutputError where the folder is in use, DataError where this Python has no sources.
@@ -51,7 +51,7 @@ def run_demo(folder: Path, progress: Progress | None = None) -> list[dict[str, A
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder}: is not empty. Give another folder, or remove it")
     tell = progress or (lambda *_: None)
-    build_model(folder, progress=_share(tell, 0.0, 0.8))
+    build_model(folder, steps=steps, progress=_share(tell, 0.0, 0.8))
     overrides = [
         "calibration.samples=64",
         f"calibration.sequence_length={CONTEXT}",
