@@ -297,7 +297,7 @@ def test_the_report_says_when_more_damping_was_needed() -> None:
         ({"damping": 2.0}, "damping=2.0 must be above 0 and at most 1"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"sweeps": -1}, "sweeps=-1 must be at least 0"),
-        ({"asymmetric": "qronos"}, "asymmetric='qronos' must be true, false, closed, gptaq"),
+        ({"asymmetric": "obs"}, "asymmetric='obs' must be true, false, closed, gptaq, qronos"),
         ({"share": 0.0}, "share=0.0 must be above 0 and at most 1"),
         ({"share": 1.5}, "share=1.5 must be above 0 and at most 1"),
     ],
