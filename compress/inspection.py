@@ -7,7 +7,7 @@ from typing import Any
 
 from compress.checkpoint import format_of
 from compress.checkpoint.adapter import Adapter, open_adapter
-from compress.core.kv import kv_scheme_of
+from compress.checkpoint.kv_cache import scheme_of
 from compress.models import anatomy_for
 from compress.models.headers import canonical, read_folder
 
@@ -56,5 +56,5 @@ def inspect(path: Path) -> dict[str, Any]:
         "layers": layers,
         "bits_per_weight": bits / weights if weights else None,
         "bytes": folder.bytes + (adapter.file.stat().st_size if adapter.products else 0),
-        "kv_cache": kv_scheme_of(folder.config) or (quantization or {}).get("kv_cache_scheme"),
+        "kv_cache": scheme_of(folder.config) or (quantization or {}).get("kv_cache_scheme"),
     }

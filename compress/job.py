@@ -22,11 +22,11 @@ from compress.calibrate.block import Block
 from compress.calibrate.capture import finish
 from compress.calibrate.data import Windows, calibration_windows, first_tokens, is_file, read_dataset
 from compress.calibrate.walk import enter, inputs_of, walk
+from compress.checkpoint import kv_cache
 from compress.checkpoint.adapter import ADAPTER, adapter_config, create_adapter, open_adapter, write_products
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key, write_atomically
 from compress.checkpoint.weights import open_model
-from compress.core.kv import kv_entry
 from compress.errors import VerificationError
 from compress.footprint import peak_memory_so_far, versions
 from compress.models.store import LazyModel, compute_dtype, give_back, load_tokenizer
@@ -146,6 +146,10 @@ class Job:
                 tensors[header.name] = block.stored(name)
             else:
                 tensors[header.name] = weights.read(name)
+        if block.cache_scales:
+            outputs = (layer for layer in self.plan.layers if layer.block == block.index and layer.role == "attn.o")
+            output = f"{next(outputs).name}.weight"
+            tensors |= kv_cache.encode(weights.tensors[output], block.cache_scales, weights.dtype(output))
         return tensors
 
     def _read_back(self, block: Block) -> None:
@@ -185,10 +189,11 @@ class Job:
         kept = [name for name in linear if name not in self.plan.quantized]
         online, dtype = self.model.weights.online, self.plan.layers[0].dtype
         quantization = self.plan.format.quantization_config(self.plan.quantized, kept, online, dtype)
-        if quantization and self.plan.quantized:
+        cache = self.plan.recipe.cache
+        if quantization and (self.plan.quantized or (cache and cache.calibrated)):
             config["quantization_config"] = quantization
-        if self.plan.recipe.cache:
-            config |= kv_entry(self.plan.recipe.cache.scheme)
+        if cache:
+            config = kv_cache.with_cache(config, cache.resolved)
         names = [self.folder.shard_name(index) for index in range(len(self.plan.shards))]
         index = {name: names[shard] for shard, held in enumerate(self.plan.shards) for name in held}
         self.folder.write_rest(self.plan.folder, config, index, self.plan.tensor_bytes_after)

@@ -69,6 +69,21 @@ def view(recipe: Recipe, problems: Sequence[str], form: Format) -> list[str]:
     return found
 
 
+def cache(recipe: Recipe, problems: Sequence[str], form: Format) -> list[str]:
+    """What speaks against keeping keys and values so: the stage's own `problems`, and scales that nothing can hold."""
+    index = recipe.stages.index(recipe.cache)
+    where = recipe.where("stages", index, recipe.cache.name)
+    found = [f"{where}: {problem}" for problem in problems]
+    if recipe.cache.calibrated and form.name != "compressed-tensors":
+        found.append(
+            f"{where}: scheme {recipe.cache.scheme} has calibrated scales, which checkpoints of {form.name} cannot "
+            "hold. Use kv8, or format compressed-tensors"
+        )
+    if recipe.cache.calibrated and any(stage.role == "quantizer" for stage in recipe.stages[index:]):
+        found.append(f"{where}: {recipe.cache.name} measures keys and values of the compressed model; put it last")
+    return found
+
+
 def allocation(recipe: Recipe, units: Sequence[Unit], form: Format) -> list[str]:
     """An allocator with nothing to decide, too little to spend, or choices that the format cannot hold side by side."""
     index = recipe.stages.index(recipe.allocator)

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from compress import assignment, lint
-from compress.checkpoint import FORMATS, Format, format_for
+from compress.checkpoint import FORMATS, Format, format_for, kv_cache
 from compress.checkpoint.adapter import ADAPTER, Product, adapter_layout
+from compress.core.kv import KVScheme, heads_of
 from compress.core.scheme import Scheme
 from compress.errors import ModelError, RecipeError
 from compress.footprint import peak_memory
@@ -226,8 +227,7 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
     }
     problems += lint.stages(recipe, anatomy, owner, any(f"{name}.bias" in tensors for name in owner))
     if recipe.cache:
-        where = recipe.where("stages", recipe.stages.index(recipe.cache), recipe.cache.name)
-        problems += [f"{where}: {problem}" for problem in recipe.cache.problems(anatomy, folder.config)]
+        problems += lint.cache(recipe, recipe.cache.problems(anatomy, folder.config), form)
     problems += lint.groups(recipe, owner, schemes, shapes)
     units: list[Unit] = []
     if recipe.allocator and not problems:
@@ -278,7 +278,15 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
         layers=layers,
         format=form,
         num_blocks=num_blocks,
-        shards=_shards(anatomy, tensors, num_blocks, {layer.name: layer for layer in layers}, form),
+        shards=_shards(
+            anatomy,
+            tensors,
+            num_blocks,
+            {layer.name: layer for layer in layers},
+            form,
+            recipe.cache.resolved if recipe.cache else None,
+            heads_of(folder.config)[0],
+        ),
         windows=recipe.calibration.samples if calibrated else PROBE_WINDOWS,
         sequence_length=length,
         notes=tuple(notes),
@@ -358,6 +366,8 @@ def _shards(
     num_blocks: int,
     layers: Mapping[str, LayerPlan],
     form: Format,
+    cache: KVScheme | None,
+    kv_heads: int,
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], ...]:
     shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{} for _ in range(num_blocks + 1)]
     for name, header in tensors.items():
@@ -371,4 +381,6 @@ def _shards(
             shard |= {key: (dtype, shape[::-1] if turned else shape) for key, (dtype, shape) in held.items()}
         else:
             shard[header.name] = header.dtype, header.shape
+        if cache and layer and layer.role == "attn.o" and name.endswith(".weight"):
+            shard |= kv_cache.layout(header, cache, kv_heads)
     return tuple(shards)

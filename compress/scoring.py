@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import READERS
+from compress.checkpoint.kv_cache import Scales, read_scales, scheme_of
 from compress.checkpoint.weights import open_model
-from compress.core.kv import kv_scheme_of
 from compress.errors import DataError, ModelError, NumericalError, RequestError, eval_package
 from compress.models.headers import read_json
 from compress.models.store import LazyModel, load_tokenizer, local_folder, read_config
@@ -39,13 +39,13 @@ def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Ten
     Where its keys and values are to be quantized, those of the first token are a prompt, and all others read the cache.
     """
     config = read_json(folder / "config.json")
-    quantization, scheme = config.get("quantization_config") or {}, kv_scheme_of(config)
+    quantization, scheme = config.get("quantization_config") or {}, scheme_of(config)
     if is_streamed(quantization):
         model = open_model(folder, device=device)
         if model.anatomy.head is None:
             raise ModelError(f"{folder}: is an encoder without a head over the vocabulary; it has no perplexity")
         with model.streamed():
-            yield _decoded(model, scheme) if scheme else model.logits
+            yield _decoded(model, scheme, read_scales(model.weights)) if scheme else model.logits
         return
     from transformers import AutoModelForCausalLM
 
@@ -54,12 +54,12 @@ def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Ten
     yield logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
 
 
-def _decoded(model: LazyModel, scheme: str) -> Callable[[Tensor], Tensor]:
+def _decoded(model: LazyModel, scheme: str, scales: Mapping[int, Scales]) -> Callable[[Tensor], Tensor]:
     from compress.runtime.attention import quantized_cache
 
     with eval_package():
         from eval.decode_path import DecodePath
-    path = DecodePath(model.module, lambda: quantized_cache(model.module, scheme), step=None)
+    path = DecodePath(model.module, lambda: quantized_cache(model.module, scheme, scales), step=None)
     return lambda tokens: path(tokens.to(model.device))
 
 

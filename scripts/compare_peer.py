@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--limit", type=int, help="windows of the test text to score (default: all)")
+    parser.add_argument("--only", default="", help="only rows with this in their name; they are printed, not kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 
@@ -169,6 +170,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as work:
         rows = list(measure(jobs(options, windows, Path(work)), Path(work) / "out", windows.hash, score))
+    if options.only:
+        return
     write_section(options.results, options.peer, "\n".join([preamble(options, windows), "", *table(rows)]))
 
 
@@ -184,7 +187,7 @@ def jobs(options: argparse.Namespace, windows: Windows, work: Path) -> Iterator[
     }
     calibration = [f"calibration.{name}={value}" for name, value in data.items()]
     common = {"model": str(options.model.resolve()), "calibration": str(options.calibration.resolve())}
-    for cell in peer.cells:
+    for cell in (cell for cell in peer.cells if options.only in cell.title):
         request = common | {"recipe": f"w4a16-{cell.method}", "overrides": cell.overrides + calibration}
         yield Job(cell.title, "netsuke", sys.executable, ours, request)
         if cell.alone:

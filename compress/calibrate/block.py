@@ -61,12 +61,14 @@ class Block:
         """Quantized layer → A [out, rank] and B [rank, in], bfloat16, whose product is added to its weight."""
         self.input_scales: dict[str, Tensor] = {}
         """Layer → the scale of its inputs, of those for which calibration fixes one."""
+        self.cache_scales: tuple[Tensor, Tensor] | None = None
+        """Of its keys and of its values, float32, where calibration fixes them for the cache."""
         self.rewritten: dict[str, Tensor] = {}
         """Full tensor name → new full-precision value, float32, of everything a transform changed."""
         self.sites = sites_of(model, index)
-        self._arguments = arguments
+        self.arguments = arguments
         self._scratch = scratch
-        self._batch = max(1, BATCH_TOKENS // inputs.length)
+        self.batch = max(1, BATCH_TOKENS // inputs.length)
         self._original = original
         self._packs = packs
         self._scale_dtype = scale_dtype
@@ -139,7 +141,7 @@ class Block:
             f"{name.removeprefix(f'{self.name}.')}.weight": weight.T if turned else weight
             for name, weight in (weights or {}).items()
         }
-        result = functional_call(self.module, given, (hidden, *self._arguments.args), self._arguments.kwargs)
+        result = functional_call(self.module, given, (hidden, *self.arguments.args), self.arguments.kwargs)
         return result[0] if isinstance(result, tuple) else result
 
     # ---- what a stage changes ---------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ class Block:
         for start, batch in zip(self._starts, self._inputs_of(site), strict=True):
             given = self.model.rotated(site.layers[0], batch)
             rounded = round_inputs(given, inputs) if inputs and not inputs.overall else given
-            wanted = self.model.rotated(site.layers[0], original.read(start, start + self._batch)) if original else None
+            wanted = self.model.rotated(site.layers[0], original.read(start, start + self.batch)) if original else None
             observer.update(rounded, wanted)
         return observer.result(self.inputs.windows * self.inputs.length, name=site.layers[0])
 
@@ -256,14 +258,14 @@ class Block:
                 hook = layer.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0]), prepend=True)
                 stack.callback(hook.remove)
             for start in self._starts:
-                outputs.append(self.forward(inputs.read(start, start + self._batch).to(self.model.device)))
+                outputs.append(self.forward(inputs.read(start, start + self.batch).to(self.model.device)))
         return Reference(inputs, outputs, sites)
 
     def _inputs_of(self, site: BlockSite) -> Iterator[Float[Tensor, "batch length in"]]:
         """A site's inputs over the calibration set. Where the site closes a sublayer they are kept."""
         sublayer = self._sublayers.get(site.index)
         if sublayer:
-            yield from (sublayer.inputs.read(start, start + self._batch) for start in self._starts)
+            yield from (sublayer.inputs.read(start, start + self.batch) for start in self._starts)
             return
         sublayer = self._sublayer(site)
         for start in self._starts:
@@ -282,7 +284,7 @@ class Block:
     @torch.inference_mode()
     def _run(self, start: int, site: BlockSite | None = None, to_the_end: bool = False) -> Tensor:
         """One batch through the block as far as `site`, whose input is returned; without one the block's output."""
-        stop = min(start + self._batch, self.inputs.windows)
+        stop = min(start + self.batch, self.inputs.windows)
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -299,7 +301,7 @@ class Block:
                 stack.callback(layer.register_forward_pre_hook(catch, prepend=True).remove)  # before any rounding
             hidden = self.inputs.read(start, stop).to(self.model.device)
             try:
-                result = self.module(hidden, *self._arguments.args, **self._arguments.kwargs)
+                result = self.module(hidden, *self.arguments.args, **self.arguments.kwargs)
             except _Reached:
                 pass
         if site:
@@ -309,7 +311,7 @@ class Block:
     @property
     def _starts(self) -> range:
         """The first window of each batch."""
-        return range(0, self.inputs.windows, self._batch)
+        return range(0, self.inputs.windows, self.batch)
 
     def _sublayer(self, site: BlockSite) -> Sublayer | None:
         """The module whose last act is this site's only layer, None where there is no such module."""

@@ -132,7 +132,7 @@ class CompressedTensors:
         config: dict[str, Any] = {
             "quant_method": self.name,
             "version": VERSION,
-            "format": layouts[0] if len(set(layouts)) == 1 else "mixed-precision",
+            "format": (layouts[0] if len(set(layouts)) == 1 else "mixed-precision") if layouts else "dense",
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{index}": {
@@ -144,7 +144,7 @@ class CompressedTensors:
                 }
                 for index, (scheme, names) in enumerate(layers.items())
             },
-            "ignore": list(ignored),
+            "ignore": list(ignored) if layers else [],
             "kv_cache_scheme": None,
         }
         if layouts == ["pack-quantized"] and not next(iter(layers)).weights.symmetric:

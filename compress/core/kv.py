@@ -1,12 +1,13 @@
 """Schemes of the KV cache: the grids that keys and values are rounded to, and the tokens that keep their precision.
 
 A row of a grid is a token here and a column is a channel of one head. 8 bits have a scale for each token and head, and
-a token is quantized when it comes; `fp8` has one scale per head, fixed by calibration. Below 8 bits the newest tokens,
-a *window*, and the first few, *sinks* that much attention goes to whatever they say (arXiv 2309.17453), stay as they
-are, and the others leave the window in groups of 32. Keys have channels that are large in every token, so 4 and 2 bits
-give each channel of a group of tokens a scale, while values have one for 32 channels of a token: KIVI (arXiv
-2402.02750). The `rotated` schemes turn keys and queries by the same orthogonal matrix instead, which spreads those
-channels over all (QuaRot, arXiv 2404.00456): keys then have one scale per token, and a cache can be cut at any token.
+a token is quantized when it comes; the scales of `fp8` are fixed by calibration, one a layer or one a head. Below 8
+bits the newest tokens, a *window*, and the first few, *sinks* that much attention goes to whatever they say (arXiv
+2309.17453), stay as they are, and the others leave the window in groups of 32. Keys have channels that are large in
+every token, so 4 and 2 bits give each channel of a group of tokens a scale, while values have one for 32 channels of a
+token: KIVI (arXiv 2402.02750). The `rotated` schemes turn keys and queries by the same orthogonal matrix instead, which
+spreads those channels over all (QuaRot, arXiv 2404.00456): keys then have one scale per token, and a cache can be cut
+at any token.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from compress.core.scheme import FP8_TENSOR, Grid
 
 TOKENS = 32
 """Tokens that leave the window together."""
+LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class KVScheme:
     """First tokens that do."""
     rotated: bool = False
     """Whether keys and queries are turned by a Hadamard matrix, after the rotary embedding."""
+    by_head: bool = False
+    """Whether calibrated scales are of each head, not of all."""
 
     def __post_init__(self) -> None:
         if self.window < 0 or self.window % TOKENS or self.sinks < 0 or (self.sinks and not self.window):
@@ -83,14 +91,18 @@ def parse_kv_scheme(name: str) -> KVScheme:
     return KV_SCHEMES[name]
 
 
-def kv_entry(scheme: str) -> dict[str, Any]:
-    """What config.json says of a scheme that only this project reads."""
-    return {"netsuke": {"kv_cache": {"scheme": scheme}}}
+def heads_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The key-value heads of a layer, and the channels of one, from a config.json."""
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    hidden = config.get("hidden_size") or config.get("n_embd") or 0
+    return config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
 
 
-def kv_scheme_of(config: Mapping[str, Any]) -> str | None:
-    """The name of the scheme that a config.json asks for, if it does."""
-    return ((config.get("netsuke") or {}).get("kv_cache") or {}).get("scheme")
+def static_scale(largest: Float[Tensor, " kv_heads"], by_head: bool) -> Float[Tensor, " scales"]:
+    """The scale of a calibrated fp8 cache: the largest magnitude, of each head or of all, comes to be the largest
+    number that there is. Of nothing but zeros it is 1."""
+    largest = largest if by_head else largest.amax().view(1)
+    return torch.where(largest > 0, largest / LARGEST_FP8, 1.0)
 
 
 def _token_bytes(grid: Grid, head_dim: int, itemsize: int) -> float:
@@ -110,6 +122,7 @@ def _per_channel(bits: int) -> Grid:
 
 KV_SCHEMES = {
     "fp8": KVScheme(FP8_TENSOR, FP8_TENSOR),
+    "fp8-head": KVScheme(FP8_TENSOR, FP8_TENSOR, by_head=True),
     "kv8": KVScheme(Grid(8), Grid(8)),
     "k8v4": _low_bits(Grid(8), 4),
     "kv4": _low_bits(_per_channel(4), 4),

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from compress.core.kv import KVScheme, parse_kv_scheme
+from compress.core.kv import KV_SCHEMES, KVScheme, parse_kv_scheme
 from compress.errors import RequestError
 from compress.runtime.cache import PackedLayer, QuantizedCache, turned
 from quant_kernels.kv_reference import OnlineSoftmax, kv_decode_reference
@@ -37,13 +37,18 @@ _CHECKED = WeakIdKeyDictionary()
 
 
 def quantized_cache(
-    model: Any, scheme: KVScheme | str, scales: Mapping[int, tuple[Tensor, Tensor]] | None = None
+    model: Any, scheme: KVScheme | str | None = None, scales: Mapping[int, tuple[Tensor, Tensor]] | None = None
 ) -> QuantizedCache:
     """An empty cache for a transformers model, which from now on can read it: `model.generate(…, past_key_values=…)`.
 
-    `scheme`: one of `KV_SCHEMES`, or its name. `scales`: number of a layer → scales of its keys and values [kv_heads],
-    for fp8. Raises RequestError where there is no such scheme, or where the model's attention cannot be replaced.
+    `scheme`: one of `KV_SCHEMES`, or its name; None: what the checkpoint says, if `compress.load` has loaded it.
+    `scales`: number of a layer → scales of its keys and values [kv_heads], for fp8; None: those of the checkpoint.
+    Raises RequestError where there is no such scheme, or where the model's attention cannot be replaced.
     """
+    scheme = getattr(model, "netsuke_kv_cache", None) if scheme is None else scheme
+    scales = getattr(model, "netsuke_kv_scales", None) if scales is None else scales
+    if scheme is None:
+        raise RequestError("scheme: the checkpoint of this model names none. Give one of " + ", ".join(KV_SCHEMES))
     try:
         scheme = parse_kv_scheme(scheme) if isinstance(scheme, str) else scheme
     except ValueError as error:

@@ -32,11 +32,10 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 1
             f"the prompt has {num_tokens} tokens; with max_new_tokens={max_new_tokens} that is more than the "
             f"model's context of {context}. Shorten the prompt or ask for fewer new tokens"
         )
-    scheme = getattr(model, "netsuke_kv_cache", None)
-    if scheme:
+    if getattr(model, "netsuke_kv_cache", None):
         from compress.runtime.attention import quantized_cache
 
-        options.setdefault(cache_argument(model), quantized_cache(model, scheme))
+        options.setdefault(cache_argument(model), quantized_cache(model))
     if not options and _is_plain(model.generation_config):
         tokens = _greedy(model, inputs["input_ids"], max_new_tokens)
     else:

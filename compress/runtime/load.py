@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress.checkpoint.kv_cache import read_scales, scheme_of
 from compress.checkpoint.weights import QuantizedWeights
-from compress.core.kv import kv_scheme_of
 from compress.core.qtensor import QuantizedTensor
 from compress.errors import ModelError
 from compress.models.headers import Folder, read_folder
-from compress.models.store import DTYPES, LazyModel, load_tokenizer, local_folder
+from compress.models.store import DTYPES, LazyModel, Weights, load_tokenizer, local_folder
 from compress.runtime.modules import Compensated, QuantLinear, put_in_place
 from compress.runtime.normal import NormalLinear
 
@@ -32,8 +32,8 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     `folder` is a local folder or a hub id. `dtype` is the type of the activations, by default the
     checkpoint's own; with float32 a quantized layer computes exactly `x · dequantize(W)ᵀ`. What config.json
     says about quantization is kept as `model.netsuke_quantization`, the scheme of its cache, if any, as
-    `model.netsuke_kv_cache`: `compress.generate` honours it, `model.generate` takes `past_key_values=
-    compress.quantized_cache(model, scheme)`. Raises ModelError where the folder cannot
+    `model.netsuke_kv_cache`, with its calibrated scales in `model.netsuke_kv_scales`: `compress.generate` honours them,
+    `model.generate` takes `past_key_values=compress.quantized_cache(model)`. Raises ModelError where the folder cannot
     be read.
     """
     path = local_folder(str(folder))
@@ -44,7 +44,8 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     tokenizer = load_tokenizer(path)
     quantized = "quantization_config" in headers.config
     model: Any = (_load_quantized if quantized else _load_plain)(headers, device, dtype)
-    model.netsuke_kv_cache = kv_scheme_of(headers.config)
+    model.netsuke_kv_cache = scheme_of(headers.config)
+    model.netsuke_kv_scales = read_scales(Weights(headers)) if quantized else {}
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from compress.core.kv import KV_SCHEMES, TOKENS, KVScheme, parse_kv_scheme
+from compress.core.kv import KV_SCHEMES, TOKENS, KVScheme, parse_kv_scheme, static_scale
 from compress.core.scheme import Grid
 
 every_scheme = pytest.mark.parametrize("name", KV_SCHEMES)
@@ -21,7 +22,9 @@ def test_a_scheme_without_a_name_is_called_by_its_bits() -> None:
 
 
 def test_an_unknown_name_is_answered_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"unknown KV cache scheme 'kv3'; there are fp8, kv8, k8v4, kv4, kv4-rotated"):
+    with pytest.raises(
+        ValueError, match=r"unknown KV cache scheme 'kv3'; there are fp8, fp8-head, kv8, k8v4, kv4, kv4-rotated"
+    ):
         parse_kv_scheme("kv3")
 
 
@@ -33,7 +36,10 @@ def test_keys_share_scales_with_tokens_and_values_with_channels() -> None:
 
 
 def test_only_fp8_waits_for_calibration() -> None:
-    assert [name for name, scheme in KV_SCHEMES.items() if scheme.static] == ["fp8"]
+    assert [name for name, scheme in KV_SCHEMES.items() if scheme.static] == ["fp8", "fp8-head"]
+    largest = torch.tensor([4.48, 44.8, 0.0])
+    assert torch.equal(static_scale(largest, by_head=True), torch.tensor([4.48 / 448, 44.8 / 448, 1.0]))
+    assert torch.equal(static_scale(largest, by_head=False), torch.tensor([44.8 / 448]))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,9 @@ def test_groups_leave_as_soon_as_a_window_is_left_behind(tokens: int, quantized:
 
 
 def test_heads_that_do_not_divide_are_refused_with_what_does() -> None:
-    with pytest.raises(ValueError, match=r"head_dim=80 is not a multiple of 32, as scheme kv4 .* choose fp8 or kv8"):
+    with pytest.raises(
+        ValueError, match=r"head_dim=80 is not a multiple of 32, as scheme kv4 .* choose fp8 or fp8-head or kv8"
+    ):
         KV_SCHEMES["kv4"].token_bytes(80)
     with pytest.raises(ValueError, match=r"head_dim=12 is not a multiple of 8.* Leave the cache unquantized$"):
         KV_SCHEMES["kv8"].check(12)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
@@ -86,11 +87,45 @@ def test_the_plan_says_what_a_token_takes(tiny: Path) -> None:
     assert "keys and values take 216 bytes a token, not 384" in notes
 
 
+@pytest.mark.parametrize(("scheme", "shape"), [("fp8", (1,)), ("fp8-head", (2, 1, 1))])
+@pytest.mark.parametrize("weights", [(), ("rtn: {scheme: w8a16, group_size: null}",)])
+def test_fixed_scales_are_stored_as_engines_read_them(
+    tiny: Path, text: Path, tmp_path: Path, scheme: str, shape: tuple[int, ...], weights: tuple[str, ...]
+) -> None:
+    given = recipe(*weights, f"kv_cache: {{scheme: {scheme}}}")
+    small = ["calibration.samples=4", "calibration.sequence_length=32", "evaluation.samples=2"]
+    report = compress.run(given, model=str(tiny), output=tmp_path / "out", calibration=str(text), overrides=small)
+    assert 1e-8 < report["evaluation"]["texts"][0]["kl_divergence"] < 0.1
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "netsuke" not in config
+    read = QuantizationConfig.model_validate(config["quantization_config"])
+    assert read.kv_cache_scheme == QuantizationArgs(
+        num_bits=8, type="float", symmetric=True, dynamic=False, strategy="tensor" if shape == (1,) else "attn_head"
+    )
+    assert len(read.config_groups) == len(weights)
+    stored = {name: tensor for file in (tmp_path / "out").glob("*.safetensors")
+              for name, tensor in load_file(file).items() if name.endswith(("k_scale", "v_scale"))}  # fmt: skip
+    assert {*stored} == {f"model.layers.{i}.self_attn.{leaf}" for i in range(3) for leaf in ("k_scale", "v_scale")}
+    assert {(tuple(scale.shape), scale.dtype) for scale in stored.values()} == {(shape, torch.bfloat16)}
+    assert inspect(tmp_path / "out")["kv_cache"] == scheme
+    model, _ = compress.load(tmp_path / "out")
+    assert model.netsuke_kv_cache == scheme
+    expected = stored["model.layers.1.self_attn.v_scale"].float().view(-1).expand(2)
+    assert torch.equal(model.netsuke_kv_scales[1][1], expected)
+    assert torch.equal(compress.quantized_cache(model).layers[1].scales[1], expected)
+
+
+def test_fixed_scales_need_a_format_that_holds_them(tiny: Path) -> None:
+    given = parse("stages:\n  - kv_cache: {scheme: fp8}\ncheckpoint: {format: dense}\n", "x.yaml")
+    with pytest.raises(RecipeError, match=r"x.yaml:2:5: scheme fp8 has calibrated scales, which .* dense cannot hold"):
+        prepare(given, model=str(tiny))
+
+
 @pytest.mark.parametrize(
     ("stages", "told"),
     [
-        (("kv_cache: {scheme: kv3}",), "unknown KV cache scheme 'kv3'; there are fp8, kv8"),
-        (("kv_cache: {scheme: fp8}",), "scheme fp8 has fixed scales"),
+        (("kv_cache: {scheme: kv3}",), "unknown KV cache scheme 'kv3'; there are fp8, fp8-head, kv8"),
+        (("kv_cache: {scheme: fp8}", "rtn: {scheme: w8a16}"), "of the compressed model; put it last"),
         (("kv_cache: {scheme: kv8}", "kv_cache: {scheme: kv8}"), "x.yaml:3:5: one kv_cache holds for all layers"),
         (("kv_cache: {scheme: kv4}",), "x.yaml:2:5: head_dim=16 is not a multiple of 32, as scheme kv4 needs"),
     ],

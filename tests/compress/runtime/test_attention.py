@@ -266,7 +266,7 @@ def test_a_softmax_of_another_kind_is_refused(extra: str) -> None:
 
 
 def test_an_unknown_scheme_is_answered_with_those_there_are(llama: Any) -> None:
-    with pytest.raises(RequestError, match="unknown KV cache scheme 'kv5'; there are fp8, kv8"):
+    with pytest.raises(RequestError, match="unknown KV cache scheme 'kv5'; there are fp8, fp8-head, kv8"):
         quantized_cache(llama, "kv5")
 
 
