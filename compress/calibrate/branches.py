@@ -1,18 +1,18 @@
 """Branches: what the model would predict if something else were done to it, for many such somethings in one walk.
 
-The stream of the unchanged model passes the blocks once. Where a change of a block's weights is proposed, a branch
-leaves it: the block's output under that change, which then passes all later blocks, changed or not, beside the others.
+The stream of the unchanged model passes the blocks once. Where a change of a block is proposed, a branch leaves it:
+the block's output under that change, which then passes all later blocks, changed or not, beside the others.
 At the end the divergence of each branch's predictions from the unchanged model's is read off. A block is filled once,
 whatever the number of branches; they stay in files, two for each, by turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from compress.calibrate import BATCH_TOKENS
@@ -22,8 +22,8 @@ from compress.calibrate.capture import finish
 from compress.calibrate.walk import enter, inputs_of, walk
 from compress.models.store import LazyModel
 
-Change = Mapping[str, Float[Tensor, "out in"]]
-"""Layer → the weight it would have."""
+Change = Callable[[Tensor], Tensor]
+"""What a block would be: hidden states [batch, length, width] → those it returned."""
 
 
 @torch.inference_mode()
@@ -42,13 +42,13 @@ def divergences(
     step = max(1, BATCH_TOKENS // tokens.shape[1])
     branches: dict[Hashable, Activations] = {}
 
-    def follow(block: Block, name: Hashable, change: Change | None) -> None:
+    def follow(block: Block, name: Hashable, change: Change) -> None:
         before = branches.get(name, block.inputs)
         number = list(branches).index(name) if name in branches else len(branches)
         file = scratch / f"branch-{number}-{block.index % 2}"
         after = Activations(file, before.length, before.width, before.dtype)
         for start in range(0, before.windows, step):
-            after.append(block.forward(before.read(start, start + step).to(model.device), change))
+            after.append(change(before.read(start, start + step).to(model.device)))
         branches[name] = after
 
     def work(block: Block) -> None:
@@ -57,7 +57,7 @@ def divergences(
             follow(block, name, change)
             old.discard(name)
         for name in old:
-            follow(block, name, None)
+            follow(block, name, block.forward)
 
     *_, (_, unchanged) = walk(model, entrance, entrance.inputs, scratch, work)
     found = dict.fromkeys(branches, 0.0)

@@ -1,20 +1,14 @@
-"""Mixed precision: bits go where the model's predictions feel them, within a budget.
+"""Mixed precision: bits go where the model's predictions feel them, within a budget (`compress.calibrate.choices`).
 
-Each unit, a layer or the layers that an engine runs as one, is rounded to each of the choices in turn, all else as it
-was, and the divergence of the model's predictions is measured: one walk with a branch for each (`compress.calibrate.
-branches`). Divergences of small changes add up, about, so the best allocation is a knapsack, which is solved exactly
-(`compress.core.allocate`).
-
-"About" is checked: the allocation and the best uniform choice that fits the budget are measured as a whole, and where
-the uniform one is better it is taken, which the report says. Weights are rounded to nearest, by importance; that the
+A unit is a layer, or the layers that an engine runs as one. Weights are rounded to nearest, by importance; that the
 method to come loses less is assumed to leave the order as it is.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,16 +16,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from compress.calibrate.block import Block
-from compress.calibrate.branches import Change, divergences
+from compress.calibrate.branches import Change
+from compress.calibrate.choices import choose
 from compress.calibrate.sites import BlockSite
-from compress.core.allocate import Menu, allocate, frontier, monotone
 from compress.core.scheme import WEIGHT_BITS, Scheme
 from compress.models.store import LazyModel
 from compress.quantize.rtn import naming, rtn
 from compress.stage import LayerReport, Role, Unit
-
-POINTS = 40
-"""Of the trade-off that is shown in the report."""
 
 
 @dataclass(frozen=True)
@@ -71,46 +62,31 @@ class Allocate:
 
         Raises ValueError where the budget is too small for any choice.
         """
-        budget = self.budget(units)
-        windows = tokens[: self.samples]
         bits = [scheme.weights.bits for scheme in units[0].schemes]
-
-        def measured(propose: Callable[[Block], Iterator[tuple[Hashable, Change]]]) -> dict[Hashable, float]:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            try:
-                return divergences(model, windows, scratch, propose)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-
-        alone = measured(lambda block: _alone(block, units))
-        costs = [monotone(bits, [alone[number, choice] for choice in range(len(bits))]) for number in range(len(units))]
-        menus = [Menu(unit.bytes, cost) for unit, cost in zip(units, costs, strict=True)]
-        best = allocate(menus, budget, tolerance=1e-9)
-        totals = [sum(unit.bytes[choice] for unit in units) for choice in range(len(bits))]
-        fitting = [choice for choice, total in enumerate(totals) if total <= budget]
-        whole = {"allocated": best.choices}
-        if fitting:
-            whole["uniform"] = (max(fitting, key=lambda choice: bits[choice]),) * len(units)
-        together = measured(lambda block: _together(block, units, whole))
-        taken = min(whole, key=lambda name: together[name])
+        decision = choose(
+            model,
+            tokens[: self.samples],
+            scratch,
+            [unit.bytes for unit in units],
+            bits,
+            self.budget(units),
+            lambda block: _present(block, units),
+            lambda block, chosen: _change(block, units, chosen),
+        )
         return {
             "bits": {
-                layer: bits[choice] for unit, choice in zip(units, whole[taken], strict=True) for layer in unit.layers
+                layer: bits[choice]
+                for unit, choice in zip(units, decision.choices, strict=True)
+                for layer in unit.layers
             },
-            "budget_bytes": budget,
-            "bytes": sum(unit.bytes[choice] for unit, choice in zip(units, whole[taken], strict=True)),
-            "taken": taken,
-            "predicted": best.cost,
-            "measured": together,
+            **decision.facts,
             "uniform": [
-                {"bits": each, "bytes": total, "predicted": sum(cost[choice] for cost in costs)}
-                for choice, (each, total) in enumerate(zip(bits, totals, strict=True))
+                {"bits": each, "bytes": total, "predicted": sum(cost[choice] for cost in decision.costs)}
+                for choice, (each, total) in enumerate(zip(bits, decision.totals, strict=True))
             ],
-            "frontier": [[point.bytes, point.cost] for point in frontier(menus, POINTS, tolerance=1e-3)],
             "sensitivity": [
                 {"layers": list(unit.layers), "cost_by_bits": dict(zip(map(str, bits), cost, strict=True))}
-                for unit, cost in zip(units, costs, strict=True)
+                for unit, cost in zip(units, decision.costs, strict=True)
             ],
         }
 
@@ -119,30 +95,20 @@ class Allocate:
         return []
 
 
-def _alone(block: Block, units: Sequence[Unit]) -> Iterator[tuple[Hashable, Change]]:
-    """Every choice of every unit of a block, one at a time."""
-    for number, unit, site in _present(block, units):
-        for choice, scheme in enumerate(unit.schemes):
-            yield (number, choice), _rounded(block, unit, site, scheme)
-
-
-def _together(
-    block: Block, units: Sequence[Unit], whole: Mapping[str, Sequence[int]]
-) -> Iterator[tuple[Hashable, Change]]:
-    """What whole allocations make of a block."""
-    for name, choices in whole.items():
-        change: dict[str, Tensor] = {}
-        for number, unit, site in _present(block, units):
-            change |= _rounded(block, unit, site, unit.schemes[choices[number]])
-        yield name, change
-
-
-def _present(block: Block, units: Sequence[Unit]) -> Iterator[tuple[int, Unit, BlockSite]]:
+def _present(block: Block, units: Sequence[Unit]) -> list[int]:
     """The units that lie in a block."""
+    layers = {layer for site in block.sites for layer in site.layers}
+    return [number for number, unit in enumerate(units) if unit.layers[0] in layers]
+
+
+def _change(block: Block, units: Sequence[Unit], chosen: Mapping[int, int]) -> Change:
+    """The block with these units rounded to what is chosen for them."""
     site_of = {layer: site for site in block.sites for layer in site.layers}
-    for number, unit in enumerate(units):
-        if unit.layers[0] in site_of:
-            yield number, unit, site_of[unit.layers[0]]
+    weights: dict[str, Tensor] = {}
+    for number, choice in chosen.items():
+        unit = units[number]
+        weights |= _rounded(block, unit, site_of[unit.layers[0]], unit.schemes[choice])
+    return partial(block.forward, weights=weights)
 
 
 def _rounded(block: Block, unit: Unit, site: BlockSite, scheme: Scheme) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def observed_directly(block: Block, name: str) -> Tensor:
     handle = layer.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     hidden = block.inputs.read(0, block.inputs.windows)
     with torch.inference_mode():
-        block.module(hidden, *block._arguments.args, **block._arguments.kwargs)
+        block.module(hidden, *block.arguments.args, **block.arguments.kwargs)
     handle.remove()
     return caught[0].reshape(-1, caught[0].shape[-1])
 
@@ -78,7 +78,7 @@ def test_stored_inputs_give_the_outputs_of_the_whole_block(block: Block, tmp_pat
     outputs = block.propagate(Activations(tmp_path / "out", 24, 64, torch.float32))
     hidden = block.inputs.read(0, 9)
     with torch.inference_mode():
-        expected = block.module(hidden, *block._arguments.args, **block._arguments.kwargs)
+        expected = block.module(hidden, *block.arguments.args, **block.arguments.kwargs)
     assert torch.allclose(outputs.read(0, 9), expected, atol=1e-5)
 
 
@@ -208,7 +208,7 @@ def test_folding_a_scale_into_a_source_preserves_the_function(block: Block, site
 
     def answer() -> Tensor:
         with torch.inference_mode():
-            return block.module(hidden, *block._arguments.args, **block._arguments.kwargs)
+            return block.module(hidden, *block.arguments.args, **block.arguments.kwargs)
 
     before = answer()
     width = block.weight(place.layers[0]).shape[1]

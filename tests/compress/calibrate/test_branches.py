@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ def propose(block: Block) -> Iterator[tuple[Hashable, Change]]:
     for name in (DOWN, QUERY):
         if name.startswith(f"{block.name}."):
             weight = block.weight(name)
-            yield name, {name: weight / 2}
-            yield "both", {name: weight / 2}
-            yield f"none in {block.index}", {name: weight}
+            yield name, partial(block.forward, weights={name: weight / 2})
+            yield "both", partial(block.forward, weights={name: weight / 2})
+            yield f"none in {block.index}", partial(block.forward, weights={name: weight})
 
 
 def measured(model: Path, scratch: Path) -> dict[Hashable, float]:
