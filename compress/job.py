@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress.calibrate import BATCH_TOKENS
@@ -27,6 +27,8 @@ from compress.checkpoint.adapter import ADAPTER, adapter_config, create_adapter,
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key, write_atomically
 from compress.checkpoint.weights import open_model
+from compress.core.kv import parse_kv_scheme
+from compress.decisions import decide
 from compress.errors import VerificationError
 from compress.footprint import peak_memory_so_far, versions
 from compress.models.store import LazyModel, compute_dtype, give_back, load_tokenizer
@@ -76,16 +78,7 @@ class Job:
             manifest = Manifest(path, key, seconds=[0.0] * stages, layers=[[] for _ in range(stages)])
         folder.open(resume=resume)
         manifest.save()
-        if plan.recipe.view and plan.recipe.view.calibrated:
-            model = _learned(plan, folder, model, windows, manifest, tell)
-        if plan.units:
-            tell("allocate", 0.0, f"measuring {len(plan.units)} units")
-            if "allocation" not in manifest.facts:
-                scratch = folder.scratch / "allocation"
-                decision = plan.recipe.allocator.decide(model, windows.tokens, scratch, plan.units)
-                manifest.facts["allocation"] = decision
-                manifest.save()
-            plan = plan.decided(manifest.facts["allocation"]["bits"])
+        plan, model = decide(plan, model, windows.tokens, folder.scratch, manifest, tell)
         return cls(plan, folder, model, windows, texts, tokenizer, manifest, tell, started)
 
     # ---- walk --------------------------------------------------------------------------------------------------
@@ -190,10 +183,12 @@ class Job:
         online, dtype = self.model.weights.online, self.plan.layers[0].dtype
         quantization = self.plan.format.quantization_config(self.plan.quantized, kept, online, dtype)
         cache = self.plan.recipe.cache
-        if quantization and (self.plan.quantized or (cache and cache.calibrated)):
+        if quantization and (self.plan.quantized or (cache and cache.static)):
             config["quantization_config"] = quantization
         if cache:
-            config = kv_cache.with_cache(config, cache.resolved)
+            decision = self.manifest.facts.get("kv_cache")
+            scheme = decision["schemes"] if decision else parse_kv_scheme(cache.scheme)
+            config = kv_cache.with_cache(config, scheme)
         names = [self.folder.shard_name(index) for index in range(len(self.plan.shards))]
         index = {name: names[shard] for shard, held in enumerate(self.plan.shards) for name in held}
         self.folder.write_rest(self.plan.folder, config, index, self.plan.tensor_bytes_after)
@@ -294,6 +289,7 @@ class Job:
             "gates": _gates(plan, evaluation),
             "verification": manifest.facts["verification"],
             "allocation": manifest.facts.get("allocation"),
+            "kv_cache": manifest.facts.get("kv_cache"),
             "rotation": manifest.facts.get("rotation"),
             "notes": list(plan.notes),
             "roles": {layer.name: layer.role for layer in plan.layers},
@@ -325,25 +321,6 @@ class Job:
         return Activations(
             inputs_of(index, self.folder.scratch), length, self.manifest.width, self.model.dtype, windows
         )
-
-
-def _learned(
-    plan: Plan, folder: OutputFolder, model: LazyModel, windows: Windows, manifest: Manifest, tell: Progress
-) -> LazyModel:
-    """The model as a view shows it that has learned from calibration; learned once, and kept for a resumed run."""
-    file = folder.scratch / "learned.safetensors"
-    if "rotation" not in manifest.facts:
-        tell("rotate", 0.0, "learning a rotation")
-        learned = plan.recipe.view.learn(model, windows.tokens, folder.scratch / "rotation", plan.quantized)
-        save_file({"rotation": learned.rotation.cpu()}, file)
-        manifest.facts["rotation"] = {
-            "error_before": learned.before,
-            "error_after": learned.after,
-            "notes": list(learned.notes),
-        }
-        manifest.save()
-    further = load_file(file)["rotation"]
-    return LazyModel(plan.open_weights(further), dtype=model.dtype, device=str(model.device))
 
 
 def _windows(plan: Plan, tokenizer: Any) -> Windows:

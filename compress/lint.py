@@ -74,12 +74,12 @@ def cache(recipe: Recipe, problems: Sequence[str], form: Format) -> list[str]:
     index = recipe.stages.index(recipe.cache)
     where = recipe.where("stages", index, recipe.cache.name)
     found = [f"{where}: {problem}" for problem in problems]
-    if recipe.cache.calibrated and form.name != "compressed-tensors":
+    if recipe.cache.static and form.name != "compressed-tensors":
         found.append(
             f"{where}: scheme {recipe.cache.scheme} has calibrated scales, which checkpoints of {form.name} cannot "
             "hold. Use kv8, or format compressed-tensors"
         )
-    if recipe.cache.calibrated and any(stage.role == "quantizer" for stage in recipe.stages[index:]):
+    if recipe.cache.static and any(stage.role == "quantizer" for stage in recipe.stages[index:]):
         found.append(f"{where}: {recipe.cache.name} measures keys and values of the compressed model; put it last")
     return found
 

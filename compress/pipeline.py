@@ -25,7 +25,7 @@ from compress.job import Job
 from compress.models.headers import read_folder
 from compress.models.store import device_named, local_folder
 from compress.plan import Plan, make_plan
-from compress.recipe import Recipe, load
+from compress.recipe import Recipe, load, overridden
 from compress.scoring import Progress
 from compress.stage import Stage
 
@@ -77,7 +77,7 @@ def prepare(
     overrides: Sequence[str] = (),
 ) -> Plan:
     """The plan of a run: nothing is written, and no weight is read."""
-    resolved = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
+    resolved = overridden(recipe, overrides) if isinstance(recipe, Recipe) else load(recipe, overrides)
     if calibration:
         resolved = replace(resolved, calibration=replace(resolved.calibration, dataset=calibration))
     name = model or resolved.model

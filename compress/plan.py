@@ -284,7 +284,7 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
             num_blocks,
             {layer.name: layer for layer in layers},
             form,
-            recipe.cache.resolved if recipe.cache else None,
+            recipe.cache.static if recipe.cache else None,
             heads_of(folder.config)[0],
         ),
         windows=recipe.calibration.samples if calibrated else PROBE_WINDOWS,

@@ -151,6 +151,15 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(given, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
+def overridden(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with other values, `stage.field=value`. Raises RecipeError with every problem."""
+    if not overrides:
+        return recipe
+    table = {stage.name: type(stage) for stage in recipe.stages}
+    changed = parse(dump(recipe), recipe.source or recipe.name, overrides, table)
+    return dataclasses.replace(changed, source=recipe.source, positions=recipe.positions)
+
+
 def shipped() -> dict[str, Path]:
     """The recipes that come with netsuke, by name."""
     here = Path(__file__).resolve().parent

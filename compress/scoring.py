@@ -54,7 +54,7 @@ def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Ten
     yield logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
 
 
-def _decoded(model: LazyModel, scheme: str, scales: Mapping[int, Scales]) -> Callable[[Tensor], Tensor]:
+def _decoded(model: LazyModel, scheme: str | list[str], scales: Mapping[int, Scales]) -> Callable[[Tensor], Tensor]:
     from compress.runtime.attention import quantized_cache
 
     with eval_package():

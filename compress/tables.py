@@ -62,7 +62,10 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
     schemes = Counter(layer["scheme"] or "kept" for layer in found["layers"])
     told = ", ".join(f"{count} {scheme}" for scheme, count in schemes.items())
     bits = f", {found['bits_per_weight']:.2f} bits per quantized weight" if found["bits_per_weight"] else ""
-    cache = f"; KV cache: {found['kv_cache']}" if found["kv_cache"] else ""
+    keys_and_values = found["kv_cache"]
+    if isinstance(keys_and_values, list):
+        keys_and_values = ", ".join(f"{count} layers {scheme}" for scheme, count in Counter(keys_and_values).items())
+    cache = f"; KV cache: {keys_and_values}" if keys_and_values else ""
     return Group(table, Text(f"{found['format']}, {size(found['bytes'])}{bits}; {told}{cache}"))
 
 

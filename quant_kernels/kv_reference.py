@@ -40,8 +40,7 @@ def kv_decode_reference(
         softmax.add(k, v, (position >= oldest[..., None]) & (position <= newest[..., None]) & stored[:, None])
 
     end = -(-int(lengths.max()) // TOKENS) * TOKENS if batch else 0
-    unit = TOKENS if block_table is None else k_codes.shape[2]
-    step = max(1, CHUNK // max(1, batch * k_codes.shape[1] * head_dim * unit)) * unit
+    step = max(1, CHUNK // max(1, batch * k_codes.shape[1] * head_dim * TOKENS)) * TOKENS
     begin = max(0, int(oldest.min()) - num_sinks) // step * step if end else 0
     for start in range(begin, end, step):
         k, v = (dequantize(_part(side, of, start, min(start + step, end), block_table), of)
@@ -86,15 +85,17 @@ class OnlineSoftmax:
 
 
 def _part(planes: Planes, format: KVFormat, start: int, end: int, block_table: Tensor | None) -> Planes:
-    """Tokens from `start` to `end` as [batch, kv_heads, tokens, …]. Both are multiples of 32, and a block may go on."""
+    """Tokens from `start` to `end` as [batch, kv_heads, tokens, …]. Both are multiples of 32."""
     block_tokens = planes.codes.shape[2]
 
     def part(stored: Tensor, shared: int = 1) -> Tensor:
         """shared: tokens of one entry."""
         if block_table is None:
             return stored[:, :, start // shared : end // shared]
-        blocks = block_table[:, start // block_tokens : -(-end // block_tokens)].clamp(0, len(stored) - 1)
-        return stored[blocks].transpose(1, 2).flatten(2, 3)
+        first = start // block_tokens
+        blocks = block_table[:, first : -(-end // block_tokens)].clamp(0, len(stored) - 1)
+        begin = (start - first * block_tokens) // shared
+        return stored[blocks].transpose(1, 2).flatten(2, 3)[:, :, begin : begin + (end - start) // shared]
 
     if format.levels == "fp8":
         return planes._replace(codes=part(planes.codes))

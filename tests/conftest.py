@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.2,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with heads of 32 channels, which groups of cached values divide, and other weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny, head_dim=32)).bfloat16().save_pretrained(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ that only this project reads and others pass over.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ STRATEGIES = {False: "tensor", True: "attn_head"}
 """What compressed-tensors calls one scale for all heads, and one for each."""
 
 
-def with_cache(config: Mapping[str, Any], scheme: KVScheme) -> dict[str, Any]:
-    """A config.json that says the model is to keep keys and values in this scheme."""
+def with_cache(config: Mapping[str, Any], scheme: KVScheme | Sequence[str]) -> dict[str, Any]:
+    """A config.json that says the model is to keep keys and values in this scheme, or each layer in one of these."""
+    if not isinstance(scheme, KVScheme):
+        return {**config, "netsuke": {"kv_cache": {"schemes": [*scheme]}}}
     if not scheme.static:
         return {**config, "netsuke": {"kv_cache": {"scheme": scheme.name}}}
     entry = {
@@ -41,9 +43,10 @@ def with_cache(config: Mapping[str, Any], scheme: KVScheme) -> dict[str, Any]:
     return {**config, "quantization_config": {**config["quantization_config"], "kv_cache_scheme": entry}}
 
 
-def scheme_of(config: Mapping[str, Any]) -> str | None:
-    """The name of the scheme that a config.json asks for, if there is one that we have."""
-    named = ((config.get("netsuke") or {}).get("kv_cache") or {}).get("scheme")
+def scheme_of(config: Mapping[str, Any]) -> str | list[str] | None:
+    """The name of the scheme that a config.json asks for, if we have it; where they differ, that of each layer."""
+    ours = (config.get("netsuke") or {}).get("kv_cache") or {}
+    named = ours.get("scheme") or ours.get("schemes")
     entry = (config.get("quantization_config") or {}).get("kv_cache_scheme") or {}
     if named or (entry.get("num_bits"), entry.get("type")) != (8, "float") or entry.get("dynamic"):
         return named
@@ -53,8 +56,6 @@ def scheme_of(config: Mapping[str, Any]) -> str | None:
 
 def layout(output: TensorHeader, scheme: KVScheme, kv_heads: int) -> Entries:
     """Tensor name → (type, shape) of the scales of one layer. `output`: the weight of its output projection."""
-    if not scheme.static:
-        return {}
     shape = (kv_heads, 1, 1) if scheme.by_head else (1,)
     return dict.fromkeys(_names(output), (output.dtype, shape))
 

@@ -98,6 +98,28 @@ def heads_of(config: Mapping[str, Any]) -> tuple[int, int]:
     return config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
 
 
+def rounded(x: Float[Tensor, "*any tokens channels"], grid: Grid) -> Float[Tensor, "*any tokens channels"]:
+    """Keys or values as what their codes stand for; tokens that do not fill a group are left as they are.
+
+    Of 8 bits, codes are symmetric, below that they count up from the least of their group. Scales, and minima, are
+    rounded to the type of x before codes are found. The grid's scales follow the data.
+    """
+    tokens, exact = x.shape[-2], x.float()
+    whole = tokens // (grid.rows or 1) * (grid.rows or 1)
+    shared, dim = ((-1, grid.rows), -2) if grid.rows == TOKENS else ((-1, grid.group_size or x.shape[-1]), -1)
+    value = exact[..., :whole, :].unflatten(dim, shared)
+    low, high = value.aminmax(dim=dim, keepdim=True) if whole else (value, value)
+    if grid.symmetric:
+        offset, scale, least, most = torch.zeros_like(low), torch.maximum(-low, high) / 127, -127, 127
+    else:
+        most = (1 << grid.bits) - 1
+        offset, scale, least = low.to(x.dtype).float(), (high - low) / most, 0
+    scale = scale.to(x.dtype).float()
+    codes = ((value - offset) / scale.masked_fill(scale == 0, torch.inf)).round().clamp(least, most)
+    exact[..., :whole, :] = (codes * scale + offset).flatten(dim - 1, dim)
+    return exact.to(x.dtype)
+
+
 def static_scale(largest: Float[Tensor, " kv_heads"], by_head: bool) -> Float[Tensor, " scales"]:
     """The scale of a calibrated fp8 cache: the largest magnitude, of each head or of all, comes to be the largest
     number that there is. Of nothing but zeros it is 1."""

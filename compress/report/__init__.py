@@ -72,6 +72,7 @@ def render(report: Report) -> str:
             *_scores(report.get("evaluation"), report.get("evaluation_note")),
             section("Gates", _gates(report.get("gates") or [])),
             section("Bits", *_allocation(report)),
+            section("KV cache", *_cache(report)),
             section("Error by layer", *_errors(report)),
             section("Time", _times(report)),
             section("Run", facts(dict(_facts(report)))),
@@ -200,25 +201,46 @@ def _allocation(report: Report) -> Iterator[Html]:
     found = report.get("allocation")
     if not found:
         return
-    scale = 1 / 1e6
-    points = [
-        Point(each["bytes"] * scale, each["predicted"], f"{each['bits']} bits throughout") for each in found["uniform"]
-    ]
-    points.append(Point(found["bytes"] * scale, found["measured"][found["taken"]], "chosen", accented=True))
-    curve = [(size * scale, cost) for size, cost in found["frontier"]]
-    yield trade_off(curve, points, "megabytes of quantized layers", "KL divergence, rounded to nearest")
-    others = [f"{name} {digits(value)}" for name, value in found["measured"].items()]
-    yield note(f"Measured as a whole before quantizing, KL divergence by {' and '.join(others)}.")
+    uniform = [f"{each['bits']} bits throughout" for each in found["uniform"]]
+    yield from _decision(found, uniform, "megabytes of quantized layers", 1e-6, "rounded to nearest")
     rows = [
-        [", ".join(unit["layers"]), Number(bits := found["bits"][unit["layers"][0]], str(bits)), *_costs(unit)]
+        [", ".join(unit["layers"]), Number(bits := found["bits"][unit["layers"][0]], str(bits)), *_costs(unit, "bits")]
         for unit in found["sensitivity"]
     ]
     columns = ["layers", "bits", *(f"loss at {bits}" for bits in found["sensitivity"][0]["cost_by_bits"])]
     yield fold("What each choice would lose", table(columns, rows, sortable=True))
 
 
-def _costs(unit: Report) -> list[Number]:
-    return [_number(cost, "{:.3g}") for cost in unit["cost_by_bits"].values()]
+def _cache(report: Report) -> Iterator[Html]:
+    """The same of the schemes of a KV cache, layer by layer."""
+    found = report.get("kv_cache")
+    if not found:
+        return
+    uniform = [f"{each['scheme']} throughout" for each in found["uniform"]]
+    yield from _decision(found, uniform, "bytes of a token in the cache", 1.0, "without a window")
+    rows = [
+        [Number(unit["layer"], str(unit["layer"])), found["schemes"][unit["layer"]], *_costs(unit, "scheme")]
+        for unit in found["sensitivity"]
+    ]
+    columns = ["layer", "scheme", *(f"loss with {scheme}" for scheme in found["sensitivity"][0]["cost_by_scheme"])]
+    yield fold("What each scheme would lose", table(columns, rows, sortable=True))
+
+
+def _decision(found: Report, uniform: Sequence[str], size: str, scale: float, how: str) -> Iterator[Html]:
+    """A trade-off of bytes, times `scale`, and divergence; `uniform`: what to call the choices for all units alike."""
+    points = [
+        Point(each["bytes"] * scale, each["predicted"], name)
+        for each, name in zip(found["uniform"], uniform, strict=True)
+    ]
+    points.append(Point(found["bytes"] * scale, found["measured"][found["taken"]], "chosen", accented=True))
+    curve = [(total * scale, cost) for total, cost in found["frontier"]]
+    yield trade_off(curve, points, size, f"KL divergence, {how}")
+    others = [f"{name} {digits(value)}" for name, value in found["measured"].items()]
+    yield note(f"Measured as a whole before the work, KL divergence by {' and '.join(others)}.")
+
+
+def _costs(unit: Report, of: str) -> list[Number]:
+    return [_number(cost, "{:.3g}") for cost in unit[f"cost_by_{of}"].values()]
 
 
 def _number(value: float | None, form: str) -> Number:

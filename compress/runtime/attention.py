@@ -12,7 +12,7 @@ else is refused and not ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,23 +37,27 @@ _CHECKED = WeakIdKeyDictionary()
 
 
 def quantized_cache(
-    model: Any, scheme: KVScheme | str | None = None, scales: Mapping[int, tuple[Tensor, Tensor]] | None = None
-) -> QuantizedCache:
+    model: Any, scheme: KVScheme | str | Sequence[KVScheme | str] | None = None,
+    scales: Mapping[int, tuple[Tensor, Tensor]] | None = None, block_tokens: int | None = None,
+) -> QuantizedCache:  # fmt: skip
     """An empty cache for a transformers model, which from now on can read it: `model.generate(…, past_key_values=…)`.
 
-    `scheme`: one of `KV_SCHEMES`, or its name; None: what the checkpoint says, if `compress.load` has loaded it.
-    `scales`: number of a layer → scales of its keys and values [kv_heads], for fp8; None: those of the checkpoint.
-    Raises RequestError where there is no such scheme, or where the model's attention cannot be replaced.
+    `scheme`: one of `KV_SCHEMES` or its name, or a sequence with that of each layer; None: what the checkpoint says, if
+    `compress.load` has loaded it. `scales`: number of a layer → scales of its keys and values [kv_heads], for fp8;
+    None: those of the checkpoint. `block_tokens`: None for contiguous storage; a multiple of 32, for instance 64, for
+    blocks of so many tokens: a sequence then takes only what its own length needs, and beams share their past. What is
+    written is the same. Raises RequestError where there is no such scheme, or where the model's attention cannot be
+    replaced.
     """
     scheme = getattr(model, "netsuke_kv_cache", None) if scheme is None else scheme
     scales = getattr(model, "netsuke_kv_scales", None) if scales is None else scales
     if scheme is None:
         raise RequestError("scheme: the checkpoint of this model names none. Give one of " + ", ".join(KV_SCHEMES))
     try:
-        scheme = parse_kv_scheme(scheme) if isinstance(scheme, str) else scheme
+        schemes = _parsed(scheme)
     except ValueError as error:
         raise RequestError(str(error)) from error
-    cache = QuantizedCache(model.config, scheme, scales)
+    cache = QuantizedCache(model.config, schemes, scales, block_tokens)
     model.set_attn_implementation(NAME)
     if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
         raise RequestError(f"{type(model).__name__}: transformers cannot replace its attention, which therefore cannot "
@@ -103,9 +107,18 @@ def packed_attention(query: Tensor, layer: PackedLayer, scaling: float, soft_cap
             more = {"k_recent": k_recent, "v_recent": v_recent, "recent_lengths": _on(device, recent)}
         outputs.append(kv_decode_reference(
             query[:, :, start:end].contiguous(), *keys.planes, *values.planes, _on(device, quantized), scaling, **more,
-            num_sinks=layer.scheme.sinks, sliding_window=layer.sliding_window, soft_cap=soft_cap,
+            block_table=layer.storage.block_table, num_sinks=layer.scheme.sinks, sliding_window=layer.sliding_window,
+            soft_cap=soft_cap,
         ))  # fmt: skip
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+
+def _parsed(scheme: KVScheme | str | Sequence[KVScheme | str]) -> KVScheme | list[KVScheme]:
+    if isinstance(scheme, KVScheme):
+        return scheme
+    if isinstance(scheme, str):
+        return parse_kv_scheme(scheme)
+    return [parse_kv_scheme(each) if isinstance(each, str) else each for each in scheme]
 
 
 def _on(device: torch.device, counts: list[int]) -> Tensor:

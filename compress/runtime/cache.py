@@ -16,7 +16,8 @@ between in few bits, which attention reads as they are (`compress.runtime.attent
   decoding, they forget, and windows lose, only what was there at the last `crop`; a first prompt, which may end in
   guesses, leaves a group of 32 to the next one.
 
-Tensors grow by a quarter, 64 to 1024 tokens, so that few steps copy them.
+Where in the planes a sequence lies is for a `Storage` to say: in a row of its own, or in blocks. What it has becomes
+what it would be in the other, bit for bit.
 """
 
 from __future__ import annotations
@@ -32,10 +33,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from compress.core.hadamard import factors, kronecker
 from compress.core.kv import TOKENS, KVScheme
 from compress.errors import RequestError
+from compress.runtime.pages import Pages
 from compress.runtime.side import Side, taken
-
-LEAST_ROOM, MOST_ROOM = 64, 1024
-"""Tokens that a tensor which grows has room for beyond those it needs."""
+from compress.runtime.storage import Contiguous, Storage, with_room
 
 
 class View(NamedTuple):
@@ -55,17 +55,19 @@ class PackedLayer(DynamicLayer):
     """Keys and values of one attention layer.
 
     `sliding_window`: tokens that a query sees, itself included; None: all. `scales`: of keys and of values, float
-    [kv_heads], for fp8; None: 1.
+    [kv_heads], for fp8; None: 1. `block_tokens`: of a block, a multiple of 32; None: storage is contiguous.
     """
 
     def __init__(
-        self, scheme: KVScheme, sliding_window: int | None = None, scales: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+        self, scheme: KVScheme, sliding_window: int | None = None, scales: tuple[Tensor, Tensor] | None = None,
+        block_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.scheme = scheme
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.scales = scales
+        self.block_tokens = block_tokens
         self.record_past = False
         self.reset()
 
@@ -78,6 +80,8 @@ class PackedLayer(DynamicLayer):
         """Keys and values of the first prompt, between `update` and `pack`."""
         self.sides: tuple[Side, ...] = ()
         """Keys, values; sinks are in the first slots."""
+        self.storage: Storage = Contiguous((), 0)
+        """Where in the planes of both a sequence lies."""
         self.padding: list[int] = []
         self.num_dropped: list[int] = []
         self.num_quantized: list[int] = []
@@ -100,9 +104,9 @@ class PackedLayer(DynamicLayer):
             raise RequestError(str(error)) from error
         k_scale, v_scale = self.scales or (None, None)
         self.sides = Side(key_states, self.scheme.keys, k_scale), Side(value_states, self.scheme.values, v_scale)
-        self.padding, self.num_dropped, self.num_quantized, self.num_recent = (
-            [0] * len(key_states) for _ in range(4)
-        )  # fmt: skip
+        batch, unit = len(key_states), self.block_tokens
+        self.storage = Contiguous(self.sides, batch) if unit is None else Pages(self.sides, batch, unit)
+        self.padding, self.num_dropped, self.num_quantized, self.num_recent = ([0] * batch for _ in range(4))
         self.is_initialized = True
 
     def update(
@@ -131,14 +135,11 @@ class PackedLayer(DynamicLayer):
         self.num_recent = differences(lengths, self.num_quantized)
         self.num_dropped = self._out_of_view()
         packed = differences(self.num_quantized, self.num_dropped)
-        begin = [
-            self.scheme.sinks + columns + dropped for columns, dropped in zip(padding, self.num_dropped, strict=True)
-        ]
-        end = [start + count for start, count in zip(begin, packed, strict=True)]
+        first, most = [columns + self.scheme.sinks for columns in padding], max(packed)
+        end = sums(first, self.num_quantized)
         slots, sinks = max(self.num_recent), min(self.scheme.sinks, max(self.num_recent))
-        self.num_quantized = [0] * len(padding)
-        self._quantize([taken(x, begin, max(packed)) for x in states], range(len(padding)), max(packed))
-        self.num_quantized = packed
+        self.num_quantized = [count - most for count in packed]  # what comes before token 0 is left out
+        self._quantize([taken(x, [at - most for at in end], most) for x in states], range(len(padding)), most)
         self._make_slots(slots)
         for side, x in zip(self.sides, states, strict=True):
             side.slots[:, :, :sinks] = taken(x, padding, sinks)
@@ -173,14 +174,18 @@ class PackedLayer(DynamicLayer):
         for row, columns in enumerate(self.padding):
             self._cut(row, removed)
             self.padding[row] = min(columns, self.length)
+        self.storage.shorten(self.num_quantized)
         self._settled = self.length
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences, in this order; one may be there several times."""
         self._pack_unattended()
+        if not self.is_initialized:
+            return
+        order = indices.tolist()
         for side in self.sides:
-            side.select(indices.to(side.slots.device))
-        order = indices.tolist() if self.sides else []
+            side.select_slots(indices.to(side.slots.device))
+        self.storage.select(order)
         for counts in (self.padding, self.num_dropped, self.num_quantized, self.num_recent):
             counts[:] = [counts[row] for row in order]
 
@@ -206,12 +211,13 @@ class PackedLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors, with the room that is left in them."""
-        return sum(side.nbytes for side in self.sides) + sum(states.nbytes for states in self.prompt or ())
+        return sum(tensors.nbytes for tensors in (self.storage, *self.sides, *(self.prompt or ())))
 
     @property
     def room_nbytes(self) -> int:
         """The part of `nbytes` that no token takes."""
-        return sum(side.room_nbytes(self.num_recent, self.num_quantized) for side in self.sides)
+        num_stored = self.storage.num_stored(self.num_quantized)
+        return sum(side.room_nbytes(sum(self.num_recent), num_stored) for side in self.sides)
 
     def _turned(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return turned(keys) if self.scheme.rotated else keys, values
@@ -230,7 +236,7 @@ class PackedLayer(DynamicLayer):
         self._shrink_window()
         self._make_slots(max(self.num_recent) + num_new)
         for side, x in zip(self.sides, states, strict=True):
-            side.keep(x, rows, self.num_recent)
+            side.keep(x, self.num_recent)
         self.num_recent = [slots + num_new for slots in self.num_recent]
 
     def _shrink_window(self) -> None:
@@ -263,22 +269,21 @@ class PackedLayer(DynamicLayer):
     def _quantize(self, states: Sequence[Tensor], rows: Sequence[int], count: int) -> None:
         """Add so many tokens [rows, kv_heads, count, D] to the quantized ones of these sequences."""
         self._make_room(rows, count)
-        starts = [self.num_quantized[row] for row in rows]
+        starts, table = [self.num_quantized[row] for row in rows], self.storage.table(rows)
         for side, x in zip(self.sides, states, strict=True):
-            side.quantize(x, rows, starts)
+            side.quantize(x, starts, table)
         for row in rows:
             self.num_quantized[row] += count
 
     def _make_room(self, rows: Sequence[int], count: int) -> None:
         """For so many more quantized tokens of these sequences."""
-        if max(self.num_quantized[row] for row in rows) + count <= self.sides[0].capacity:
+        new = [count if row in rows else 0 for row in range(len(self.padding))]
+        if self.storage.fits(self.num_quantized, sums(self.num_quantized, new)):
             return
         dropped = self._out_of_view()
-        kept = differences(self.num_quantized, dropped)
-        for side in self.sides:
-            side.resize_planes(with_room(max(*kept, *(kept[row] + count for row in rows))), dropped, max(kept))
-        self.num_quantized = kept
-        self.num_dropped = [sum(counts) for counts in zip(self.num_dropped, dropped, strict=True)]
+        self.num_dropped = sums(self.num_dropped, dropped)
+        self.num_quantized = differences(self.num_quantized, dropped)
+        self.storage.make_room(dropped, self.num_quantized, sums(self.num_quantized, new))
 
     def _make_slots(self, needed: int) -> None:
         """For so many tokens; what a long run of new ones took is given back."""
@@ -288,12 +293,12 @@ class PackedLayer(DynamicLayer):
                 side.resize_slots(max(needed, min(usual, with_room(needed))))
 
     def _out_of_view(self) -> list[int]:
-        """Oldest quantized tokens that no query after the settled ones sees, in whole groups."""
+        """Oldest quantized tokens that no query after the settled ones sees, as the storage can forget them."""
         if self.sliding_window is None:
             return [0] * len(self.padding)
         others = self.scheme.sinks + self.length - self._settled + self.sliding_window - 1
-        stored = zip(self.num_quantized, self.num_recent, strict=True)
-        return [min(max(0, quantized + slots - others) // TOKENS * TOKENS, quantized) for quantized, slots in stored]
+        stored, unit = zip(self.num_quantized, self.num_recent, strict=True), self.storage.unit
+        return [max(0, min(quantized, quantized + slots - others)) // unit * unit for quantized, slots in stored]
 
     def _check_past(self, removed: int) -> None:
         """Raise RequestError unless all that the next query sees will be there."""
@@ -319,30 +324,39 @@ class PackedLayer(DynamicLayer):
         self.num_recent[row] = max(0, sinks + left - whole)
         if left > whole:
             for side in self.sides:
-                side.restore(row, whole, left - whole, sinks)
+                side.restore(row, self.storage.table([row]), whole, left - whole, sinks)
 
 
 class QuantizedCache(Cache):
     """The cache of a model, with a `PackedLayer` for each layer of full or sliding attention.
 
-    Layers of other kinds, of linear attention for instance, are as transformers has them. `scales`: number of a layer →
-    its calibrated scales of keys and of values [kv_heads], for fp8. Raises RequestError where no layer has keys and
-    values of its own.
+    Layers of other kinds, of linear attention for instance, are as transformers has them. `scheme`: of all layers, or a
+    sequence with that of each. `scales`: number of a layer → its calibrated scales of keys and of values [kv_heads],
+    for fp8. `block_tokens`: of a block, a multiple of 32; None: storage is contiguous. Raises RequestError where it is
+    none, and where no layer has keys and values of its own.
     """
 
     def __init__(
-        self, config: Any, scheme: KVScheme, scales: Mapping[int, tuple[Tensor, Tensor]] | None = None
-    ) -> None:
-        self.scheme = scheme
+        self, config: Any, scheme: KVScheme | Sequence[KVScheme],
+        scales: Mapping[int, tuple[Tensor, Tensor]] | None = None, block_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        if block_tokens is not None and (block_tokens < TOKENS or block_tokens % TOKENS):
+            raise RequestError(f"block_tokens={block_tokens}: blocks have a multiple of {TOKENS} tokens, 64 for "
+                               "instance; None is for contiguous storage")  # fmt: skip
         text = config.get_text_config(decoder=True)
         if "reuse" in (getattr(text, "kv_sharing_modes", None) or ()) or getattr(text, "num_kv_shared_layers", None):
             raise RequestError(f"model_type={text.model_type!r}: layers read keys and values of others, which is not "
                                "possible with a quantized cache. Leave it unquantized")  # fmt: skip
         layers = DynamicCache(config=text).layers
+        schemes = [scheme] * len(layers) if isinstance(scheme, KVScheme) else scheme
+        if len(schemes) != len(layers):
+            raise RequestError(
+                f"scheme: {len(schemes)} schemes for {len(layers)} layers. Give one for each, or for all"
+            )
         for index, kind in enumerate(_kinds(text)):
             sliding_window = getattr(layers[index], "sliding_window", None)
             if type(layers[index]) in (DynamicLayer, DynamicSlidingWindowLayer) and kind != "chunked_attention":
-                layers[index] = PackedLayer(scheme, sliding_window, (scales or {}).get(index))
+                layers[index] = PackedLayer(schemes[index], sliding_window, (scales or {}).get(index), block_tokens)
         if not any(isinstance(layer, PackedLayer) for layer in layers):
             raise RequestError(f"model_type={text.model_type!r}: no layer has full or sliding attention, so there is "
                                "nothing to quantize. Leave the cache unquantized")  # fmt: skip
@@ -364,10 +378,8 @@ def turned(x: Tensor) -> Tensor:
     return kronecker(x.float(), factors(x.shape[-1])).to(x.dtype)
 
 
-def with_room(tokens: int) -> int:
-    """At least so many, in whole groups."""
-    room = tokens + min(max(tokens // 4, LEAST_ROOM), MOST_ROOM)
-    return -(-room // TOKENS) * TOKENS
+def sums(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def differences(a: Sequence[int], b: Sequence[int]) -> list[int]:

@@ -2,12 +2,13 @@
 
 *Slots* hold tokens as they are, *planes* in few bits (`quant_kernels.kv_planes`). Both are allocated with room for
 more. How many tokens of each sequence are in them is the layer's business (`compress.runtime.cache`), which says where
-to write, row by row, for sequences of a batch may have different numbers.
+to write, row by row, for sequences of a batch may have different numbers. Where in the planes a sequence lies, and how
+large they are, is that of the layer's storage (`compress.runtime.storage`): here it is a table of blocks, or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,41 +29,36 @@ class Side:
         self.group = TOKENS if self.format.per == "channel" else 1
         """Quantized tokens that share scales, and stay or go together."""
         self.slots = x.new_zeros(*x.shape[:2], 0, x.shape[3])
-        self.planes = self._planes(0)
+        self.static_scale: Tensor | None = None
         if self.format.levels == "fp8":
-            scale = self.planes.scale if scale is None else scale
-            self.planes = self.planes._replace(scale=scale.to(x.device, torch.float32).contiguous())
+            scale = torch.ones(x.shape[1]) if scale is None else scale
+            self.static_scale = scale.to(x.device, torch.float32).contiguous()
+        self.planes = self._planes(0, 0)
 
     @property
     def num_slots(self) -> int:
         return self.slots.shape[2]
 
     @property
-    def capacity(self) -> int:
-        """Tokens that there is room for in the planes."""
-        return self.planes.codes.shape[2]
-
-    @property
     def nbytes(self) -> int:
         return self.slots.nbytes + self.planes.nbytes
 
-    def room_nbytes(self, recent: Sequence[int], quantized: Sequence[int]) -> int:
-        """Bytes that are allocated beyond so many slots and quantized tokens of each sequence."""
-        used = [(self.slots, self.num_slots, recent)]
-        used += [(part, self.capacity, quantized) for _, part, _ in self._parts(self.planes)]
-        return sum(
-            part.nbytes - part.nbytes * sum(counts) // (len(counts) * room) for part, room, counts in used if room
-        )
+    def room_nbytes(self, num_recent: int, num_stored: int) -> int:
+        """Bytes that are allocated beyond so many tokens in slots and in planes, of all sequences together."""
+        codes = self.planes.codes
+        used = [(self.slots, len(self.slots) * self.num_slots, num_recent)]
+        used += [(part, len(codes) * codes.shape[2], num_stored) for _, part, _ in self.parts()]
+        return sum(part.nbytes - part.nbytes * count // room for part, room, count in used if room)
 
-    def keep(self, x: Tensor, rows: Sequence[int], starts: Sequence[int]) -> None:
-        """Put tokens x [rows, kv_heads, tokens, D] into slots."""
-        write(self.slots, x, rows, starts)
+    def keep(self, x: Tensor, starts: Sequence[int]) -> None:
+        """Put tokens x [batch, kv_heads, tokens, D] into slots."""
+        write(self.slots, x, starts)
 
-    def quantize(self, x: Tensor, rows: Sequence[int], starts: Sequence[int]) -> None:
-        """Put tokens x [rows, kv_heads, tokens, D] into the planes."""
+    def quantize(self, x: Tensor, starts: Sequence[int], table: Tensor | None) -> None:
+        """Put tokens x [rows, kv_heads, tokens, D] into the planes, as `write` does."""
         new = self._quantized(x)
-        for (_, stored, shared), (_, part, _) in zip(self._parts(self.planes), self._parts(new), strict=True):
-            write(stored, part, rows, [start // shared for start in starts])
+        for (_, stored, shared), (_, part, _) in zip(self.parts(), self.parts(new), strict=True):
+            write(stored, part, [start // shared for start in starts], table)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Tokens x [rows, kv_heads, tokens, D] as what their codes stand for."""
@@ -73,11 +69,11 @@ class Side:
         index = slice(None) if len(rows) == len(self.slots) else [*rows]
         self.slots[index, :, start:-count] = self.slots[index, :, start + count :].clone()
 
-    def restore(self, row: int, start: int, count: int, slot: int) -> None:
-        """Put so many quantized tokens into slots, as what their codes stand for. `start`: where a group begins."""
-        end = start + -(-count // self.group) * self.group
-        parts = {name: part[row : row + 1, :, start // shared : end // shared]
-                 for name, part, shared in self._parts(self.planes)}  # fmt: skip
+    def restore(self, row: int, table: Tensor | None, start: int, count: int, slot: int) -> None:
+        """Put so many quantized tokens into slots, as what their codes stand for. `start`: where a group begins.
+        `table`: of this row."""
+        groups = -(-count // self.group) * self.group
+        parts = {name: read(part, start // shared, groups // shared, table) for name, part, shared in self.parts()}
         tokens = dequantize(self.planes._replace(**parts), self.format)
         self.slots[row, :, slot : slot + count] = tokens[0, :, :count]
 
@@ -86,37 +82,35 @@ class Side:
         self.slots = old.new_zeros(*old.shape[:2], num_slots, old.shape[3])
         self.slots[:, :, :kept] = old[:, :, :kept]
 
-    def resize_planes(self, capacity: int, starts: Sequence[int], count: int) -> None:
-        """Keep so many quantized tokens of each row, from `start` on."""
-        new = self._planes(capacity)
-        if self.format.levels == "fp8":
-            new = new._replace(scale=self.planes.scale)
-        for (_, old, shared), (_, part, _) in zip(self._parts(self.planes), self._parts(new), strict=True):
-            kept = taken(old, [start // shared for start in starts], -(-count // shared))
-            write(part, kept, range(len(part)), [0] * len(part))
-        self.planes = new
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order."""
+    def select_slots(self, rows: Tensor) -> None:
+        """Keep those of these rows, in this order."""
         self.slots = self.slots.index_select(0, rows)
-        parts = {name: part.index_select(0, rows) for name, part, _ in self._parts(self.planes)}
-        self.planes = self.planes._replace(**parts)
+
+    def new_planes(self, sequences: int, tokens: int) -> list[tuple[Tensor, Tensor, int]]:
+        """Begin planes of another size, with nothing in them. What comes back, to be copied: each part of the old ones,
+        what takes its place, and how many tokens share an entry."""
+        old = self.parts()
+        self.planes = self._planes(sequences, tokens)
+        return [(part, new, shared) for (_, part, shared), (_, new, _) in zip(old, self.parts(), strict=True)]
+
+    def parts(self, planes: Planes | None = None) -> list[tuple[str, Tensor, int]]:
+        """What there is of each sequence, by default in its own planes: its name, the tensor, and how many tokens share
+        an entry."""
+        codes, scale, minimum = planes or self.planes
+        found = [("codes", codes, 1)]
+        if self.static_scale is None:
+            found.append(("scale", scale, self.group))
+        if minimum is not None:
+            found.append(("minimum", minimum, self.group))
+        return found
 
     def _quantized(self, x: Tensor) -> Planes:
-        static = self.planes.scale if self.format.levels == "fp8" else None
-        return quantize(x, self.format, self.slots.dtype, static)
+        return quantize(x, self.format, self.slots.dtype, self.static_scale)
 
-    def _planes(self, capacity: int) -> Planes:
-        batch, kv_heads, _, head_dim = self.slots.shape
-        return self.format.new(batch, kv_heads, capacity, head_dim, self.slots.dtype, self.slots.device)
-
-    def _parts(self, planes: Planes) -> Iterator[tuple[str, Tensor, int]]:
-        """What there is of each sequence: its name, the tensor, and how many tokens share an entry."""
-        yield "codes", planes.codes, 1
-        if self.format.levels == "int":
-            yield "scale", planes.scale, self.group
-        if planes.minimum is not None:
-            yield "minimum", planes.minimum, self.group
+    def _planes(self, sequences: int, tokens: int) -> Planes:
+        _, kv_heads, _, head_dim = self.slots.shape
+        new = self.format.new(sequences, kv_heads, tokens, head_dim, self.slots.dtype, self.slots.device)
+        return new if self.static_scale is None else new._replace(scale=self.static_scale)
 
 
 def kv_format(grid: Grid) -> KVFormat:
@@ -127,23 +121,39 @@ def kv_format(grid: Grid) -> KVFormat:
 
 
 def taken(x: Tensor, starts: Sequence[int], count: int) -> Tensor:
-    """x[row, :, start : start + count] of each row; beyond the end, the last entry again."""
-    if len(set(starts)) == 1 and starts[0] + count <= x.shape[2]:
+    """x[row, :, start : start + count] of each row; before the first entry and beyond the last one, these again."""
+    if len(set(starts)) == 1 and 0 <= starts[0] <= x.shape[2] - count:
         return x[:, :, starts[0] : starts[0] + count]
-    rows, places = _places(range(len(x)), starts, count, x.device)
-    return x[rows, :, places.clamp(max=x.shape[2] - 1)].transpose(1, 2)
+    row = torch.arange(len(x), device=x.device)[:, None]
+    return x[row, :, _places(starts, count, x.device).clamp(0, x.shape[2] - 1)].transpose(1, 2)
 
 
-def write(stored: Tensor, x: Tensor, rows: Sequence[int], starts: Sequence[int]) -> None:
-    """stored[row, :, start :] = x, for each of these rows."""
-    count = x.shape[2]
-    if len(rows) == len(stored) and len(set(starts)) == 1:
+def write(stored: Tensor, x: Tensor, starts: Sequence[int], table: Tensor | None = None) -> None:
+    """Put x [rows, kv_heads, count, …] where each row begins; what would come before 0 is left out.
+
+    `table`, int [rows, blocks]: which entries of `stored` a row is made of; None: row by row.
+    """
+    count, room = x.shape[2], stored.shape[2]
+    if table is None and len(set(starts)) == 1:
         stored[:, :, starts[0] : starts[0] + count] = x
         return
-    index, places = _places(rows, starts, count, x.device)
-    stored[index, :, places] = x.transpose(1, 2)
+    place = _places(starts, count, x.device)
+    row, token = (place >= 0).nonzero(as_tuple=True)
+    place = place[row, token]
+    stored[_blocks(table, row, place, room), :, place % room] = x[row, :, token]
 
 
-def _places(rows: Sequence[int], starts: Sequence[int], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    places = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
-    return torch.tensor(rows, device=device)[:, None], places
+def read(stored: Tensor, start: int, count: int, table: Tensor | None) -> Tensor:
+    """So many entries of the first row that `table` has, [1, kv_heads, count, …]."""
+    place, room = torch.arange(start, start + count, device=stored.device), stored.shape[2]
+    return stored[_blocks(table, torch.zeros_like(place), place, room), :, place % room].transpose(0, 1)[None]
+
+
+def _places(starts: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """[rows, count]."""
+    return torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
+
+
+def _blocks(table: Tensor | None, row: Tensor, place: Tensor, room: int) -> Tensor:
+    """In which entries of what is stored these places of these rows are."""
+    return row if table is None else table[row, place // room]

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import pytest
 
 from compress.errors import RecipeError
-from compress.recipe import Calibration, Gates, Recipe, describe, dump, load, parse, shipped
+from compress.recipe import Calibration, Gates, Recipe, describe, dump, load, overridden, parse, shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -278,6 +278,16 @@ class TestOverrides:
 
     def test_the_last_of_two_overrides_holds(self) -> None:
         assert read(GOOD, "calibration.seed=1", "calibration.seed=2").calibration.seed == 2
+
+    def test_a_recipe_made_in_code_takes_overrides(self) -> None:
+        made = Recipe("mine", (Smooth(2), Round("w4a16")))
+        assert overridden(made, ()) is made
+        changed = overridden(made, ["round.group_size=64", "calibration.seed=3"])
+        assert changed == dataclasses.replace(
+            made, stages=(Smooth(2), Round("w4a16", group_size=64)), calibration=Calibration(seed=3)
+        )
+        with pytest.raises(RecipeError, match=r"--set round.size: stages\[1\].round has no field 'size'"):
+            overridden(made, ["round.size=64"])
 
     def test_an_override_mends_a_wrong_value_of_the_file(self) -> None:
         assert read(stage("group_size: x"), "round.group_size=64").stages[0].group_size == 64

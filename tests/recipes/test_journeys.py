@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import compress
 from compress.recipe import load, shipped
@@ -22,15 +20,6 @@ def shrunk(name: str) -> list[str]:
     ]
     small = ["calibration.samples=4", "calibration.sequence_length=32", "evaluation.samples=2", "gates={}"]
     return [*small, *(f"{stage}.group_size=32" for stage in stages)]
-
-
-@pytest.fixture(scope="module")
-def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with heads of 32 channels, which groups of values divide."""
-    folder = tmp_path_factory.mktemp("wide") / "model"
-    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny, head_dim=32)).bfloat16().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.core.kv import KV_SCHEMES, TOKENS, KVScheme, parse_kv_scheme, static_scale
+from compress.core.kv import KV_SCHEMES, TOKENS, KVScheme, parse_kv_scheme, rounded, static_scale
 from compress.core.scheme import Grid
+from compress.runtime.side import kv_format
+from quant_kernels.kv_planes import dequantize, quantize
 
 every_scheme = pytest.mark.parametrize("name", KV_SCHEMES)
 
@@ -85,3 +87,17 @@ def test_heads_that_do_not_divide_are_refused_with_what_does() -> None:
 def test_a_window_that_groups_cannot_leave_is_refused(window: int, sinks: int) -> None:
     with pytest.raises(ValueError, match=f"window={window}, sinks={sinks}"):
         KVScheme(Grid(8), Grid(8), window, sinks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 31, 32, 77])
+@pytest.mark.parametrize("name", [name for name in KV_SCHEMES if not KV_SCHEMES[name].static])
+def test_rounding_is_what_packing_does(name: str, tokens: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, tokens, 64, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    x[..., 5] = 0.25  # of a channel that does not vary
+    for grid in (KV_SCHEMES[name].keys, KV_SCHEMES[name].values):
+        form, result = kv_format(grid), rounded(x, grid)
+        whole = tokens // 32 * 32 if form.per == "channel" else tokens
+        packed = dequantize(quantize(x[:, :, :whole], form), form).to(dtype)
+        torch.testing.assert_close(result[:, :, :whole], packed, rtol=1e-6, atol=1e-6)
+        assert torch.equal(result[:, :, whole:], x[:, :, whole:])

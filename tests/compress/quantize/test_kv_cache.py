@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
 import compress
+from compress.core.kv import heads_of, parse_kv_scheme
 from compress.errors import RecipeError
 from compress.inspection import inspect
 from compress.pipeline import prepare
@@ -69,7 +70,7 @@ def test_what_is_loaded_generates_with_that_cache(finished: Path, monkeypatch: p
     monkeypatch.setattr(QuantizedCache, "update", watched)
     assert compress.generate(model, tokenizer, "the carver", max_new_tokens=4)
     assert used
-    assert used[0].scheme.name == "kv8"
+    assert {layer.scheme.name for layer in used[0].layers} == {"kv8"}
 
 
 def test_together_with_weights(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -121,17 +122,46 @@ def test_fixed_scales_need_a_format_that_holds_them(tiny: Path) -> None:
         prepare(given, model=str(tiny))
 
 
+def test_each_layer_gets_a_scheme_within_the_budget(wide: Path, text: Path, tmp_path: Path) -> None:
+    given = recipe("kv_cache: {bits_per_number: 5, choices: [kv8, kv2], samples: 2}")
+    small = ["calibration.samples=4", "calibration.sequence_length=48", "evaluation.samples=2"]
+    report = compress.run(given, model=str(wide), output=tmp_path / "out", calibration=str(text), overrides=small)
+    found = report["kv_cache"]
+    kv_heads, head_dim = heads_of(json.loads((wide / "config.json").read_text()))
+    taken = [parse_kv_scheme(name).token_bytes(head_dim) for name in found["schemes"]]
+    assert kv_heads * sum(taken) == found["bytes"] <= found["budget_bytes"] == 5 * kv_heads * head_dim * len(taken) / 4
+    assert set(found["schemes"]) == {"kv8", "kv2"}
+    assert found["measured"]["allocated"] < found["measured"]["uniform"]
+    for layer in found["sensitivity"]:
+        assert 0 < layer["cost_by_scheme"]["kv8"] < layer["cost_by_scheme"]["kv2"]
+    assert inspect(tmp_path / "out")["kv_cache"] == found["schemes"]
+    model, tokenizer = compress.load(tmp_path / "out")
+    assert [layer.scheme.name for layer in compress.quantized_cache(model).layers] == found["schemes"]
+    assert compress.generate(model, tokenizer, "the carver", max_new_tokens=4)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "kv8 throughout" in page
+    assert "loss with kv2" in page
+
+
 @pytest.mark.parametrize(
     ("stages", "told"),
     [
         (("kv_cache: {scheme: kv3}",), "unknown KV cache scheme 'kv3'; there are fp8, fp8-head, kv8"),
         (("kv_cache: {scheme: fp8}", "rtn: {scheme: w8a16}"), "of the compressed model; put it last"),
+        (("kv_cache: {bits_per_number: 2, choices: [kv8, fp8]}",), "two or more different schemes, none of them fp8"),
+        (("kv_cache: {}",), "give a scheme for all layers, as kv8, or bits_per_number and choices"),
+        (("kv_cache: {scheme: kv8, bits_per_number: 4}",), "give a scheme for all layers, as kv8, or bits_per_number"),
         (("kv_cache: {scheme: kv8}", "kv_cache: {scheme: kv8}"), "x.yaml:3:5: one kv_cache holds for all layers"),
         (("kv_cache: {scheme: kv4}",), "x.yaml:2:5: head_dim=16 is not a multiple of 32, as scheme kv4 needs"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny: Path, stages: tuple[str, ...], told: str) -> None:
     assert told in refusal(tiny, *stages)
+
+
+def test_a_budget_below_the_smallest_choice_is_refused(wide: Path) -> None:
+    told = refusal(wide, "kv_cache: {bits_per_number: 2.5}")
+    assert "x.yaml:2:5: bits_per_number=2.5 is less than the 3" in told
 
 
 def test_an_encoder_has_no_cache(tmp_path: Path) -> None:

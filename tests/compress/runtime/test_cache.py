@@ -12,14 +12,16 @@ from transformers import DeepseekV3Config, Gemma2Config, Gemma3nTextConfig, Llam
 from compress.core.kv import KV_SCHEMES, KVScheme
 from compress.errors import RequestError
 from compress.runtime.attention import packed_attention
-from compress.runtime.cache import PackedLayer, QuantizedCache, turned, with_room
-from compress.runtime.side import Side, kv_format
+from compress.runtime.cache import PackedLayer, QuantizedCache, turned
+from compress.runtime.side import Side, kv_format, read
+from compress.runtime.storage import with_room
 from quant_kernels.kv_planes import Planes, dequantize, quantize
 
 HEADS, D = 2, 32
 FLOATS = KV_SCHEMES["kv4"].sinks + KV_SCHEMES["kv4"].window
 WINDOWED = [name for name, scheme in KV_SCHEMES.items() if scheme.window]
 every_scheme = pytest.mark.parametrize("scheme", KV_SCHEMES.values(), ids=KV_SCHEMES)
+every_storage = pytest.mark.parametrize("block_tokens", [None, 64], ids=["contiguous", "paged"])
 
 
 def states(tokens: int, seed: int = 0, batch: int = 1, dtype: torch.dtype = torch.float32, head_dim: int = D) -> Tensor:
@@ -35,22 +37,20 @@ def filled(scheme: KVScheme, keys: Tensor, values: Tensor, sliding_window: int |
     return layer
 
 
-def planes_of(side: Side, row: int, tokens: int) -> Planes:
-    """Those of the first tokens of one sequence."""
-    codes, scale, minimum = side.planes
-    groups = tokens // side.group
-    if side.format.levels == "fp8":
-        return Planes(codes[row, :, :tokens], scale, None)
-    minimum = None if minimum is None else minimum[row, :, :groups]
-    return Planes(codes[row, :, :tokens], scale[row, :, :groups], minimum)
+def planes_of(layer: PackedLayer, side: Side, row: int) -> Planes:
+    """Those of the quantized tokens of one sequence."""
+    tokens, table = layer.num_quantized[row], layer.storage.block_table
+    lines = torch.tensor([[row]]) if table is None else table[row : row + 1]
+    parts = {name: read(part, 0, tokens // shared, lines)[0] for name, part, shared in side.parts()}
+    return side.planes._replace(**parts)
 
 
 def held(layer: PackedLayer, row: int = 0) -> list[Tensor]:
     """Keys and values [kv_heads, tokens, D] of all tokens of a sequence that are there, as they are read."""
-    sinks, recent, quantized = layer.scheme.sinks, layer.num_recent[row], layer.num_quantized[row]
+    sinks, recent = layer.scheme.sinks, layer.num_recent[row]
     return [
         torch.cat((side.slots[row, :, : min(sinks, recent)],
-                   dequantize(planes_of(side, row, quantized), side.format),
+                   dequantize(planes_of(layer, side, row), side.format),
                    side.slots[row, :, sinks:recent]), dim=1)
         for side in layer.sides
     ]  # fmt: skip
@@ -102,10 +102,11 @@ def test_a_prompt_shorter_than_a_window_is_held_too(scheme: KVScheme, tokens: in
     assert_same(held(layer), expected(scheme, keys, values, 0 if scheme.window else tokens + 1))
 
 
+@every_storage
 @every_scheme
-def test_sequences_of_a_batch_are_held_as_each_would_be_alone(scheme: KVScheme) -> None:
+def test_sequences_of_a_batch_are_held_as_each_would_be_alone(scheme: KVScheme, block_tokens: int | None) -> None:
     keys, values, padding = states(230, batch=3), states(230, 1, batch=3), [0, 41, 228]
-    layer = PackedLayer(scheme)
+    layer = PackedLayer(scheme, block_tokens=block_tokens)
     layer.update(keys[:, :, :229], values[:, :, :229])
     layer.pack(padding)
     for _ in range(40):
@@ -207,7 +208,7 @@ def test_calibrated_scales_are_those_that_are_used() -> None:
     layer.update(keys, values)
     layer.pack([0])
     for side, x, scale in zip(layer.sides, (keys, values), scales, strict=True):
-        assert torch.equal(planes_of(side, 0, 20).codes, quantize(x[0], side.format, static_scale=scale).codes)
+        assert torch.equal(planes_of(layer, side, 0).codes, quantize(x[0], side.format, static_scale=scale).codes)
     assert (held(layer)[0][1] - keys[0, 1].clamp(-224, 224)).abs().max() <= 224 / 16
 
 
@@ -281,9 +282,10 @@ def test_a_group_that_was_cut_gets_its_codes_again(name: str) -> None:
         assert torch.equal(side.planes.codes[:, :, :96], old)
 
 
+@every_storage
 @every_scheme
-def test_a_crop_of_sequences_of_unequal_length_shortens_each(scheme: KVScheme) -> None:
-    layer = PackedLayer(scheme)
+def test_a_crop_of_sequences_of_unequal_length_shortens_each(scheme: KVScheme, block_tokens: int | None) -> None:
+    layer = PackedLayer(scheme, block_tokens=block_tokens)
     layer.update(states(240, batch=3), states(240, 1, batch=3))
     layer.pack([0, 60, 200])
     before = [held(layer, row) for row in range(3)]
@@ -310,9 +312,10 @@ def test_a_positive_crop_is_refused() -> None:
         filled(KV_SCHEMES["kv8"], states(20), states(20)).crop(10)
 
 
+@every_storage
 @every_scheme
-def test_beams_take_their_past_along(scheme: KVScheme) -> None:
-    layer = PackedLayer(scheme)
+def test_beams_take_their_past_along(scheme: KVScheme, block_tokens: int | None) -> None:
+    layer = PackedLayer(scheme, block_tokens=block_tokens)
     layer.update(states(200, batch=2), states(200, 1, batch=2))
     layer.pack([0, 30])
     first, second = held(layer, 0), held(layer, 1)
@@ -356,11 +359,12 @@ def test_a_sliding_layer_does_not_give_back_what_it_forgot() -> None:
         layer.crop(-40)
 
 
+@every_storage
 @every_scheme
-def test_a_sliding_layer_that_records_its_past_gives_guesses_back(scheme: KVScheme) -> None:
+def test_a_sliding_layer_that_records_its_past_gives_guesses_back(scheme: KVScheme, block_tokens: int | None) -> None:
     window = 40
     keys, values = states(600), states(600, 1)
-    layer = PackedLayer(scheme, window)
+    layer = PackedLayer(scheme, window, block_tokens=block_tokens)
     layer.activate_past_recording()
     layer.update(keys[:, :, :200], values[:, :, :200])
     layer.pack([0])
