@@ -73,6 +73,7 @@ def schemes(group_size: int | None) -> dict[str, list[Any]]:
         "w8a8, RTN": [RTN("w8a8")],
         "w8a8, GPTQ": [GPTQ("w8a8")],
         "w8a8, SmoothQuant, GPTQ": [SmoothQuant(), GPTQ("w8a8")],
+        "w8a8, rotated, GPTQ": [Rotate(), GPTQ("w8a8")],
         "w8a8-static, SmoothQuant, GPTQ": [SmoothQuant(), GPTQ("w8a8-static")],
         "w8a8-static, RTN": [RTN("w8a8-static")],
         "fp8, RTN": [RTN("fp8")],

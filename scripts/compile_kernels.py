@@ -35,6 +35,8 @@ OPERATORS = (
     "fp8_quant",
     "fp4",
     "experts",
+    "kv_decode",
+    "kv_append",
 )
 
 
