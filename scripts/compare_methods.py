@@ -11,6 +11,7 @@ between the two marks of this model; rows that did not help stay in.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
@@ -130,7 +131,7 @@ def main() -> int:
     context = (
         f"{options.model.name}, {grouping}, {options.samples} × 512 calibration tokens; original perplexity "
         f"{text['baseline_perplexity']:.2f}. {text['tokens']:,} tokens of {options.test.name} scored, ± is the "
-        f"standard error over windows. `{shlex.join(['scripts/compare_methods.py', *sys.argv[1:]])}`"
+        f"standard error over windows. `{shlex.join(['scripts/compare_methods.py', *map(os.path.basename, sys.argv[1:])])}`"
     )
     if not options.only:
         write(options.rows, options.model.name, "\n".join([context, "", *lines]))
