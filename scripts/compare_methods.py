@@ -127,11 +127,12 @@ def main() -> int:
             f"{text['kl_divergence']:.5f} ± {error:.5f} | {text['top1_agreement']:.1%} |"
         )
         print(lines[-1], file=sys.stderr)
+    command = shlex.join(["scripts/compare_methods.py", *map(os.path.basename, sys.argv[1:])])
     grouping = f"groups of {group_size}" if group_size else "one scale per channel"
     context = (
         f"{options.model.name}, {grouping}, {options.samples} × 512 calibration tokens; original perplexity "
         f"{text['baseline_perplexity']:.2f}. {text['tokens']:,} tokens of {options.test.name} scored, ± is the "
-        f"standard error over windows. `{shlex.join(['scripts/compare_methods.py', *map(os.path.basename, sys.argv[1:])])}`"
+        f"standard error over windows. `{command}`"
     )
     if not options.only:
         write(options.rows, options.model.name, "\n".join([context, "", *lines]))
