@@ -167,8 +167,10 @@ def _open(folder: Path, work: Work) -> dict[str, Any]:
     for _ in range(min(WARM_UP, length - WARM_UP)):
         decoder.step(_state.next_tokens)
     schemes = {layer.scheme.name for layer in model.modules() if isinstance(layer, QuantLinear)}
+    weights = " and ".join(sorted(schemes)) or str(model.dtype).removeprefix("torch.")
+    cache = " and ".join(sorted({layer.scheme.name for layer in _packed(decoder)}))
     return {
-        "scheme": " and ".join(sorted(schemes)) or str(model.dtype).removeprefix("torch."),
+        "scheme": f"{weights} with {cache}" if cache else weights,
         "device": device,
         "threads": torch.get_num_threads(),
         "weights_bytes": sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
@@ -194,6 +196,11 @@ def _decode() -> float:
 def _peak() -> int:
     """Bytes of memory held at most: of the process, or of the device where the model is on one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory_so_far()
+
+
+def _packed(decoder: Decoder) -> list[Any]:
+    """The quantized layers of its cache."""
+    return [layer for layer in decoder.cache.layers if hasattr(layer, "scheme")]
 
 
 def _prompt(decoder: Decoder, work: Work, seed: int) -> Tensor:

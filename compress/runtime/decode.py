@@ -1,8 +1,9 @@
 """Greedy decoding with buffers of fixed size: the prompt at once, then a token at a time.
 
 Keys and values lie in a cache that is allocated whole, so that no step copies what earlier steps wrote and every step
-does the same work on the same memory. The head sees the last position only. On an NVIDIA GPU the step of one token is
-captured as a CUDA graph and replayed: a kernel of a few microseconds would otherwise wait for Python between launches.
+does the same work on the same memory; or in a quantized one, where the checkpoint asks for it. The head sees the last
+position only. On an NVIDIA GPU the step of one token is captured as a CUDA graph and replayed: a kernel of a few
+microseconds would otherwise wait for Python between launches.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ class Decoder:
         from transformers import StaticCache
 
         self.model = model
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=length)
+        if getattr(model, "netsuke_kv_cache", None):
+            from compress.runtime.attention import quantized_cache
+
+            self.cache = quantized_cache(model)
         self._options: dict[str, Any] = {"use_cache": True, cache_argument(model): self.cache}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._options["logits_to_keep"] = 1
@@ -34,11 +39,18 @@ class Decoder:
     @property
     def captures(self) -> bool:
         """Whether steps are replayed as a CUDA graph: not where the model looks at what it computes from Python, as it
-        does for windows that slide, for rotary tables that grow with the text, and for experts."""
+        does for windows that slide, for rotary tables that grow with the text, and for experts, nor with a quantized
+        cache, which does so too."""
+        quantized = getattr(self.model, "netsuke_kv_cache", None) is not None
         sliding = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
         growing = "dynamic" in str(getattr(self.model.config, "rope_parameters", ""))
         whole = getattr(self.model, "_can_compile_fullgraph", False)
-        return self.model.device.type == "cuda" and torch.version.hip is None and whole and not sliding and not growing
+        return (
+            self.model.device.type == "cuda"
+            and torch.version.hip is None
+            and whole
+            and not (quantized or sliding or growing)
+        )
 
     @torch.inference_mode()
     def prefill(self, prompt: Tensor) -> Tensor:

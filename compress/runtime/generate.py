@@ -32,16 +32,16 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 1
             f"the prompt has {num_tokens} tokens; with max_new_tokens={max_new_tokens} that is more than the "
             f"model's context of {context}. Shorten the prompt or ask for fewer new tokens"
         )
-    if getattr(model, "netsuke_kv_cache", None):
-        from compress.runtime.attention import quantized_cache
-
-        options.setdefault(cache_argument(model), quantized_cache(model))
     if not options and _is_plain(model.generation_config):
         tokens = _greedy(model, inputs["input_ids"], max_new_tokens)
     else:
         if tokenizer.pad_token_id is None:
             options.setdefault("pad_token_id", tokenizer.eos_token_id)
         options.setdefault("do_sample", False)
+        if getattr(model, "netsuke_kv_cache", None):
+            from compress.runtime.attention import quantized_cache
+
+            options.setdefault(cache_argument(model), quantized_cache(model))
         with torch.inference_mode():
             tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)

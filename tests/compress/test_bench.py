@@ -13,6 +13,7 @@ import compress
 from compress.bench import BYTES, SPEEDS, Subject, Work, bench, warning
 from compress.cli import main
 from compress.errors import RequestError, RunError
+from compress.recipe import parse
 
 SHORT = ["--prompt-tokens", "16", "--tokens", "4", "--repetitions", "3", "--threads", "1"]
 
@@ -46,6 +47,13 @@ def test_one_model_alone_has_no_ratio(tiny: Path, capsys: pytest.CaptureFixture[
     assert "writing, tokens/s" in told
     assert "16 tokens read and 4 written, batch 1" in told
     assert "ratio" not in told
+
+
+def test_a_checkpoint_with_a_quantized_cache_is_measured_with_it(tiny: Path, tmp_path: Path) -> None:
+    stages = parse("stages: [{kv_cache: {scheme: kv8}}]", "x.yaml")
+    compress.run(stages, model=str(tiny), output=tmp_path / "out", overrides=["evaluation.samples=1"])
+    work = Work(prompt_tokens=16, tokens=4, repetitions=3, threads=1)
+    assert bench(str(tmp_path / "out"), work=work)["scheme"] == "bfloat16 with kv8"
 
 
 def test_a_folder_that_is_none_is_one_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
