@@ -37,6 +37,7 @@ OPERATORS = (
     "experts",
     "kv_decode",
     "kv_append",
+    "kv_prefill",
 )
 
 

@@ -2,8 +2,8 @@
 
 `quantized_cache(model, scheme)` gives a cache to hand to `generate()` or to the model, and lets the model call what is
 here: transformers knows it as the attention implementation `netsuke`. Where keys come as a `PackedLayer`, queries run
-on `quant_kernels.kv_reference`, which dequantizes a chunk at a time. A first prompt, and a model with a cache of
-another kind, run on torch's attention.
+on `quant_kernels.kv_cache`: kernels on a GPU, on a CPU a reference that dequantizes a chunk at a time. A first prompt,
+and a model with a cache of another kind, run on torch's attention.
 
 Masks are made as for torch's attention, but a packed layer has no use for them: it knows which tokens a query sees.
 They are read for the padding of the first prompt, and afterwards only compared, so that a mask which asks for something
@@ -25,7 +25,8 @@ from transformers.masking_utils import sdpa_mask
 from compress.core.kv import KV_SCHEMES, KVScheme, parse_kv_scheme
 from compress.errors import RequestError
 from compress.runtime.cache import PackedLayer, QuantizedCache, turned
-from quant_kernels.kv_reference import OnlineSoftmax, kv_decode_reference
+from quant_kernels.kv_cache import attend
+from quant_kernels.kv_reference import OnlineSoftmax
 
 NAME = "netsuke"
 """What transformers calls it."""
@@ -105,8 +106,8 @@ def packed_attention(query: Tensor, layer: PackedLayer, scaling: float, soft_cap
         if layer.scheme.window:
             k_recent, v_recent = slots
             more = {"k_recent": k_recent, "v_recent": v_recent, "recent_lengths": _on(device, recent)}
-        outputs.append(kv_decode_reference(
-            query[:, :, start:end].contiguous(), *keys.planes, *values.planes, _on(device, quantized), scaling, **more,
+        outputs.append(attend(
+            query[:, :, start:end].contiguous(), keys.planes, values.planes, _on(device, quantized), scaling, **more,
             block_table=layer.storage.block_table, num_sinks=layer.scheme.sinks, sliding_window=layer.sliding_window,
             soft_cap=soft_cap,
         ))  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.core.kv import TOKENS
 from compress.core.scheme import Grid
+from quant_kernels.kv_cache import append, runs_kernels
 from quant_kernels.kv_planes import KVFormat, Planes, dequantize, quantize
 
 
@@ -56,6 +57,9 @@ class Side:
 
     def quantize(self, x: Tensor, starts: Sequence[int], table: Tensor | None) -> None:
         """Put tokens x [rows, kv_heads, tokens, D] into the planes, as `write` does."""
+        if runs_kernels(x):
+            append(x, self.planes, torch.tensor(starts, dtype=torch.int32).to(x.device, non_blocking=True), table)
+            return
         new = self._quantized(x)
         for (_, stored, shared), (_, part, _) in zip(self.parts(), self.parts(new), strict=True):
             write(stored, part, [start // shared for start in starts], table)

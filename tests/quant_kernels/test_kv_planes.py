@@ -212,3 +212,12 @@ WRONG = {
 def test_what_is_not_stored_so_is_named(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         format_of("k", WRONG[message], 64)
+
+
+def test_bytes_of_fp8_are_what_torch_takes_them_for() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    finite = expected.isfinite()
+    assert finite.sum() == 254
+    planes = Planes(codes.view(1, 1, 1, 256), torch.ones(1), None)
+    assert torch.equal(dequantize(planes, KVFormat(8, levels="fp8")).flatten()[finite], expected[finite])
