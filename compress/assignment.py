@@ -64,6 +64,37 @@ def assign(recipe: Recipe, layers: Sequence[LayerName], problems: list[str]) -> 
     return owner, reasons
 
 
+def prune(
+    recipe: Recipe, layers: Sequence[LayerName], shapes: Mapping[str, tuple[int, int]], problems: list[str]
+) -> dict[str, int]:
+    """Layer → the stage that prunes it. `shapes`: of those that one may."""
+    pruner: dict[str, int] = {}
+    for index, stage in enumerate(recipe.stages):
+        if stage.role != "pruner":
+            continue
+        where = recipe.where("stages", index, stage.name)
+        chosen = _resolve(recipe, index, "layers", stage.layers, layers, problems)
+        ignored = _resolve(recipe, index, "ignore", stage.ignore, layers, problems)
+        names = [name for name in (chosen if stage.layers else shapes) if name not in ignored]
+        if outside := [name for name in names if name not in shapes]:
+            problems.append(f"{where}: {', '.join(outside)}: embeddings and heads keep their weights; leave them out")
+        if twice := [name for name in names if name in pruner]:
+            problems.append(
+                f"{where}: {twice[0]} is pruned by stages[{pruner[twice[0]]}] already. Use 'layers' or 'ignore'"
+            )
+        names = [name for name in names if name in shapes]
+        if not names:
+            problems.append(f"{where}: stages[{index}].{stage.name} would change nothing: no layer is left for it")
+        for name in names:
+            try:
+                stage.resolved.check(shapes[name][1])
+            except ValueError as error:
+                problems.append(f"{where}: {name}: {error}. Add it to 'ignore', or choose another pattern")
+                break
+        pruner |= dict.fromkeys(names, index)
+    return pruner
+
+
 def compensate(
     recipe: Recipe,
     layers: Sequence[LayerName],

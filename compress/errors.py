@@ -73,6 +73,15 @@ class VerificationError(RunError):
 
 
 @contextmanager
+def naming(*layers: str) -> Iterator[None]:
+    """Lets a NumericalError of a pure function say which layers it is about."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{', '.join(layers)}: {error}") from error
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn a failed write below `path` into a StorageError that says what to do."""
     try:

@@ -113,7 +113,10 @@ class Job:
     def work(self, block: Block) -> None:
         for index, stage in enumerate(self.plan.recipe.stages):
             begun = time.monotonic()
-            reports = stage.apply(block, self.plan.schemes(index, block.index))
+            if stage.role == "pruner":
+                reports = stage.prune(block, self.plan.pruned(index, block.index))
+            else:
+                reports = stage.apply(block, self.plan.schemes(index, block.index))
             self.manifest.layers[index] += [asdict(report) for report in reports]
             self.manifest.seconds[index] += time.monotonic() - begun
 

@@ -38,6 +38,9 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], biased: b
             if stage.name == "bias_correction" and not biased:
                 problems.append(f"{where}: {stage.name} would change nothing: no quantized layer has a bias")
             continue
+        if stage.role == "pruner":
+            problems += _after_pruning(recipe, index)
+            continue
         if stage.role == "cache":
             if stage is not recipe.cache:
                 problems.append(f"{where}: one {stage.name} holds for all layers; leave out the second")
@@ -56,6 +59,21 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], biased: b
             )
         if stage.role == "transform" and not any(site.source for site in anatomy.sites):
             problems.append(f"{where}: {stage.name} has nowhere to fold its scales in the {anatomy.family} family")
+    return problems
+
+
+def _after_pruning(recipe: Recipe, index: int) -> list[str]:
+    """Stages that would fill the zeros again, or come too late to keep them."""
+    stage = recipe.stages[index]
+    where = recipe.where("stages", index, stage.name)
+    problems = []
+    if any(earlier.role == "quantizer" for earlier in recipe.stages[:index]):
+        problems.append(f"{where}: {stage.name} must come before every quantizer")
+    for later in recipe.stages[index + 1 :]:
+        if later.role == "quantizer" and later.name != "rtn":
+            problems.append(f"{where}: {later.name} would move weights that are zero. Use rtn behind {stage.name}")
+        if later.name == "low_rank":
+            problems.append(f"{where}: the product of {later.name} would fill the zeros; leave one of them out")
     return problems
 
 

@@ -50,13 +50,15 @@ class LayerPlan:
     scheme: Scheme | None
     rank: int | None
     """Of the product that makes up for its rounding, if one does."""
+    pruner: int | None
+    """Index of the stage that prunes it."""
     reason: str
     bytes_before: int
     bytes_after: int
 
     @property
     def action(self) -> str:
-        return "quantize" if self.scheme else "keep"
+        return "quantize" if self.scheme else "keep" if self.pruner is None else "prune"
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,10 @@ class Plan:
             if layer.scheme and layer.block == block and concerns(layer)
         }
 
+    def pruned(self, stage: int, block: int) -> list[str]:
+        """The layers that a pruner deals with in one block."""
+        return [layer.name for layer in self.layers if layer.block == block and layer.pruner == stage]
+
     def to_json(self) -> dict[str, Any]:
         return {
             "recipe": self.recipe.name,
@@ -185,6 +191,7 @@ class Plan:
                     "shape": list(layer.shape),
                     "group_size": layer.scheme.weights.group_size if layer.scheme else None,
                     "rank": layer.rank,
+                    "sparsity": None if layer.pruner is None else self.recipe.stages[layer.pruner].resolved.name,
                     "bytes_before": layer.bytes_before,
                     "bytes_after": layer.bytes_after,
                 }
@@ -222,9 +229,13 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
     candidates = assignment.candidates(anatomy, tensors, num_blocks)
     owner, reasons = assignment.assign(recipe, candidates, problems)
     schemes = {name: recipe.stages[stage].resolved for name, stage in owner.items()}
-    shapes = {
-        layer.name: _shape(tensors[f"{layer.name}.weight"], anatomy) for layer in candidates if layer.name in schemes
+    inside = {
+        layer.name: _shape(tensors[f"{layer.name}.weight"], anatomy)
+        for layer in candidates
+        if layer.name.startswith(f"{anatomy.blocks}.")
     }
+    shapes = {name: shape for name, shape in inside.items() if name in schemes}
+    pruner = assignment.prune(recipe, candidates, inside, problems)
     problems += lint.stages(recipe, anatomy, owner, any(f"{name}.bias" in tensors for name in owner))
     if recipe.cache:
         problems += lint.cache(recipe, recipe.cache.problems(anatomy, folder.config), form)
@@ -243,7 +254,7 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
     if problems:
         raise RecipeError(problems)
     layers = tuple(
-        _layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, schemes, ranks, reasons, form)
+        _layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, schemes, ranks, pruner, reasons, form)
         for layer in candidates
     )
     notes = [*anatomy.conclusions, *folder.truncated]
@@ -333,6 +344,7 @@ def _layer_plan(
     owner: Mapping[str, int],
     schemes: Mapping[str, Scheme],
     ranks: Mapping[str, int],
+    pruner: Mapping[str, int],
     reasons: Mapping[str, str],
     form: Format,
 ) -> LayerPlan:
@@ -354,7 +366,8 @@ def _layer_plan(
         stage=owner.get(layer.name),
         scheme=scheme,
         rank=rank,
-        reason="" if scheme else reasons.get(layer.name, "no stage names it"),
+        pruner=pruner.get(layer.name),
+        reason="" if scheme or layer.name in pruner else reasons.get(layer.name, "no stage names it"),
         bytes_before=header.nbytes,
         bytes_after=sum(tensor_bytes(*entry) for entry in held.values()),
     )

@@ -175,7 +175,8 @@ def describe(path: Path) -> str:
 
 def stage_table() -> dict[str, type]:
     """Every stage a recipe may name. Only this needs torch."""
+    from compress.prune import PRUNERS
     from compress.quantize import ALLOCATORS, CACHES, CORRECTORS, METHODS
     from compress.transform import TRANSFORMS
 
-    return {**TRANSFORMS, **ALLOCATORS, **METHODS, **CORRECTORS, **CACHES}
+    return {**TRANSFORMS, **PRUNERS, **ALLOCATORS, **METHODS, **CORRECTORS, **CACHES}

@@ -7,7 +7,7 @@ layers, and reports each. After `apply` the block still runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -21,10 +21,11 @@ from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader
 from compress.models.store import LazyModel, Weights
 
-Role = Literal["quantizer", "transform", "corrector", "view", "allocator", "cache"]
+Role = Literal["quantizer", "transform", "corrector", "view", "allocator", "cache", "pruner"]
 """A quantizer owns layers and puts them on their grids; a transform rewrites them beforehand, function preserved, and a
 corrector makes up for what was lost. A view changes the model as a whole before the walk, and an allocator decides the
-bits of the quantizers behind it. A cache stage decides how the model keeps keys and values while it runs."""
+bits of the quantizers behind it. A cache stage decides how the model keeps keys and values while it runs. A pruner
+takes weights out, by making them zero."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,14 @@ class Allocator(Stage, Protocol):
 
     def decide(self, model: LazyModel, tokens: Tensor, scratch: Path, units: Sequence[Unit]) -> dict[str, Any]:
         """Layer → bits under `bits`, and what the report shows of the decision; plain data."""
+        ...
+
+
+class Pruner(Stage, Protocol):
+    """A stage that owns layers as a quantizer does, and takes weights out of them."""
+
+    def prune(self, block: Block, names: Collection[str]) -> list[LayerReport]:
+        """Work on these layers of one block."""
         ...
 
 

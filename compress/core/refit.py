@@ -27,7 +27,7 @@ from torch import Tensor
 from compress.core.linalg import NotPositiveDefinite, inverse_cholesky
 from compress.core.sparsity import Pruned, require_finite
 
-WIDTH = 1024
+WIDTH = 256
 """Inputs from which conjugate gradients take over."""
 TOLERANCE = 1e-5
 """What they leave of the residual, relative to the right-hand side, at most; in every channel."""

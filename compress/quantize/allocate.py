@@ -20,8 +20,9 @@ from compress.calibrate.branches import Change
 from compress.calibrate.choices import choose
 from compress.calibrate.sites import BlockSite
 from compress.core.scheme import WEIGHT_BITS, Scheme
+from compress.errors import naming
 from compress.models.store import LazyModel
-from compress.quantize.rtn import naming, rtn
+from compress.quantize.rtn import rtn
 from compress.stage import LayerReport, Role, Unit
 
 

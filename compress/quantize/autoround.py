@@ -46,9 +46,9 @@ from compress.core.metrics import relative_error
 from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
 from compress.core.scheme import GroupSize, Scheme, parse_scheme
-from compress.errors import NumericalError
+from compress.errors import NumericalError, naming
 from compress.quantize.gptq import GPTQ
-from compress.quantize.rtn import RTN, check_range, naming
+from compress.quantize.rtn import RTN, check_range
 from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:

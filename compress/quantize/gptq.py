@@ -44,10 +44,10 @@ from compress.core.normal_float import codes_of
 from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
 from compress.core.scheme import Grid, GroupSize, Scheme, parse_scheme
-from compress.errors import NumericalError
+from compress.errors import NumericalError, naming
 from compress.quantize.asymmetric import LIMIT, Target, closed_form, gptaq, qronos
 from compress.quantize.refine import refine
-from compress.quantize.rtn import check_range, naming, rtn
+from compress.quantize.rtn import check_range, rtn
 from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:

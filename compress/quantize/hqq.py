@@ -32,7 +32,7 @@ from compress.core import affine, ranges
 from compress.core.metrics import relative_error
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid, GroupSize, Scheme, parse_scheme
-from compress.quantize.rtn import naming
+from compress.errors import naming
 from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:

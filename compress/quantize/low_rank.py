@@ -25,7 +25,7 @@ from torch import Tensor
 from compress.core.low_rank import compensate
 from compress.core.metrics import quadratic_form
 from compress.core.scheme import Scheme
-from compress.quantize.rtn import naming
+from compress.errors import naming
 from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:

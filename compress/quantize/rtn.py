@@ -7,8 +7,7 @@ squared error is better everywhere and needs no data, and weighting that error b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, get_args
 
@@ -22,7 +21,7 @@ from compress.core.metrics import relative_error
 from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
 from compress.core.scheme import Grid, GroupSize, Scheme, parse_scheme
-from compress.errors import NumericalError
+from compress.errors import naming
 from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:
@@ -101,15 +100,6 @@ class RTN:
                 block.quantize(name, tensor, scheme.inputs)
                 reports.append(LayerReport(name, scheme.name, relative_error(weight, tensor.dequantize(), hessian)))
         return reports
-
-
-@contextmanager
-def naming(*layers: str) -> Iterator[None]:
-    """Lets a NumericalError of a pure function say which layers it is about."""
-    try:
-        yield
-    except NumericalError as error:
-        raise NumericalError(f"{', '.join(layers)}: {error}") from error
 
 
 def check_range(range: str) -> None:
