@@ -34,6 +34,8 @@ END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 256
 BATCH = 8
 STEPS = 400
+WINDOWS = 128
+"""Of text that is scored, and twice as many as calibration sees."""
 WARMUP_STEPS = 20
 HELD_OUT_BYTES = 64_000
 """Size of each of the two texts that training does not see."""
@@ -41,7 +43,9 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 """Folders under the standard library's that hold somebody else's code, or tests."""
 
 
-def run_demo(folder: Path, progress: Progress | None = None, *, steps: int = STEPS) -> list[dict[str, Any]]:
+def run_demo(
+    folder: Path, progress: Progress | None = None, *, steps: int = STEPS, windows: int = WINDOWS
+) -> list[dict[str, Any]]:
     """Train, compress by every recipe, and return a row of measurements for the original and each result.
 
     Raises OutputError where the folder is in use, DataError where this Python has no sources.
@@ -53,10 +57,10 @@ def run_demo(folder: Path, progress: Progress | None = None, *, steps: int = STE
     tell = progress or (lambda *_: None)
     build_model(folder, steps=steps, progress=_share(tell, 0.0, 0.8))
     overrides = [
-        "calibration.samples=64",
+        f"calibration.samples={windows // 2}",
         f"calibration.sequence_length={CONTEXT}",
         f"evaluation.text={json.dumps([str(folder / 'test.jsonl')])}",
-        "evaluation.samples=128",
+        f"evaluation.samples={windows}",
     ]
     reports = {}
     for index, recipe in enumerate(RECIPES):

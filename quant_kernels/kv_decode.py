@@ -295,6 +295,7 @@ SCHEMES = {
     "k8v4": (KVFormat(8), KVFormat(4, group_size=32)),
     "kv4": (KVFormat(4, "channel"), KVFormat(4, group_size=32)),
     "kv4-rotated": (KVFormat(4), KVFormat(4, group_size=32)),
+    "4 bits, one scale": (KVFormat(4), KVFormat(4)),
     "kv2": (KVFormat(2, "channel"), KVFormat(2, group_size=32)),
     "kv2-rotated": (KVFormat(2), KVFormat(2, group_size=32)),
 }
@@ -311,6 +312,7 @@ RECORDED: dict[tuple[int, str, int, str], float] = {
     (90, "k8v4", 128, ""): 2.77,
     (90, "kv4", 128, ""): 3.3,
     (90, "kv4-rotated", 128, ""): 2.82,
+    (90, "4 bits, one scale", 128, ""): 2.54,
     (90, "kv2", 128, ""): 3.3,
     (90, "kv2-rotated", 128, ""): 2.68,
     (90, "kv8", 64, "in blocks"): 3.63,
@@ -341,7 +343,7 @@ def gates() -> tuple[Gate, ...]:
             num_stages=3, weights=2 * STEP * head_dim,
         )  # fmt: skip
         name = f"kv_decode {scheme} {head_dim} {launch}".strip()
-        representative = (capability, head_dim, launch) == (90, 128, "") and scheme in ("kv8", "kv4")
+        representative = (capability, head_dim, launch) == (90, 128, "") and scheme == "kv4"
         made.append(Gate(name, variant, capability, "HMMA", instructions, representative))
     for capability in (80, 90):
         signature = {"values": "*fp32", "norms": "*fp32", "y": "*bf16", "rows": "i32", "parts": "i32"}

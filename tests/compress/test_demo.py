@@ -142,12 +142,12 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_orders_its_recipes_by_what_they_cost(tmp_path: Path) -> None:
-    """After a quarter of its training, which takes most of its time."""
-    original, *rows = run_demo(tmp_path / "demo", steps=100)
+    """After an eighth of its training, on a quarter of its text."""
+    original, *rows = run_demo(tmp_path / "demo", steps=50, windows=32)
     assert [row["recipe"] for row in rows] == list(RECIPES)
     by_recipe = {row["recipe"]: row for row in rows}
     assert all(row["bytes"] < original["bytes"] for row in rows)
-    assert original["perplexity"] < 12
+    assert original["perplexity"] < 20
     divergences = [by_recipe[name]["kl_divergence"] for name in ("w8a16-rtn", "w4a16-gptq", "w3a16-gptq")]
     assert divergences == sorted(divergences)
     assert all(Path(row["report"]).is_file() for row in rows)
