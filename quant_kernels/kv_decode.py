@@ -295,9 +295,9 @@ SCHEMES = {
     "k8v4": (KVFormat(8), KVFormat(4, group_size=32)),
     "kv4": (KVFormat(4, "channel"), KVFormat(4, group_size=32)),
     "kv4-rotated": (KVFormat(4), KVFormat(4, group_size=32)),
-    "4 bits, one scale": (KVFormat(4), KVFormat(4)),
     "kv2": (KVFormat(2, "channel"), KVFormat(2, group_size=32)),
     "kv2-rotated": (KVFormat(2), KVFormat(2, group_size=32)),
+    "4 bits, one scale": (KVFormat(4), KVFormat(4)),
 }
 """Keys and values of the caches that are held to what was recorded."""
 LAUNCHES: dict[str, dict[str, Any]] = {
