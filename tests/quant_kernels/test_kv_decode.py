@@ -153,7 +153,7 @@ def check(arguments: dict[str, Any], y: Tensor) -> None:
     reference = kv_decode_reference(**arguments | {"q": arguments["q"].float()} | exactly(arguments)).cpu()
     eps = torch.finfo(y.dtype).eps
     rounding = eps if INTERPRETED and y.dtype == torch.bfloat16 else eps / 2
-    allowed = 1.01 * rounding * reference.abs() + 6 * (6e-5 if INTERPRETED else 2.0**-9)
+    allowed = 1.01 * rounding * reference.abs() + 6 * (2e-5 if INTERPRETED else 2.0**-9)
     assert y.dtype == arguments["q"].dtype
     assert y.shape == arguments["q"].shape
     error = (y.cpu().float() - reference).abs()
@@ -188,6 +188,16 @@ CASES = [*pairs({}), *pairs(*MASKS)]
 def test_the_result_is_that_of_the_reference(name: str, shape: tuple[int, int, int], more: dict[str, Any]) -> None:
     arguments = problem(name, shape, **more)
     check(arguments, run(arguments))
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_offset_of_four_bits_costs_what_float32_loses_of_it(shape: tuple[int, int, int]) -> None:
+    """Products of codes plus 1024 are summed and the offset is taken off afterwards, so results are as far off as that
+    is rounded: more than `check` allows with 128 channels and 8 heads."""
+    arguments = problem("4 bits, one scale", shape, dtype=torch.float32 if INTERPRETED else torch.float16)
+    error = (run(arguments).double().cpu() - exact(arguments, "4 bits, one scale")).abs().max()
+    assert error <= 6 * (1024 * 2.0**-24 if INTERPRETED else 2.0**-9)
 
 
 @pytest.mark.parametrize(("name", "shape", "more"), CASES)

@@ -93,7 +93,7 @@ def check(arguments: dict[str, Any], y: Tensor) -> None:
     reference = kv_decode_reference(**arguments | wide)
     eps = torch.finfo(y.dtype).eps
     rounding = eps if INTERPRETED and y.dtype == torch.bfloat16 else eps / 2
-    of_weights = 8e-5 if INTERPRETED else 2.0**-9 if y.dtype == torch.float16 else 2.0**-8
+    of_weights = 4e-5 if INTERPRETED else 2.0**-9 if y.dtype == torch.float16 else 2.0**-8
     allowed = 1.01 * rounding * reference.abs() + 8 * of_weights
     assert (y.dtype, y.shape) == (arguments["q"].dtype, arguments["q"].shape)
     error = (y.float() - reference).abs()
@@ -160,7 +160,7 @@ def test_chunks_of_a_prompt_are_the_prompt() -> None:
     for start, end in ((0, 50), (50, 90)):
         lengths = torch.full_like(arguments["lengths"], end)
         part = run(arguments | {"q": arguments["q"][:, :, start:end].contiguous(), "lengths": lengths})
-        allowed = 1e-4 if INTERPRETED else 2.0**-8
+        allowed = 2e-5 if INTERPRETED else 2.0**-8
         torch.testing.assert_close(part, whole[:, :, start:end], rtol=1e-3, atol=allowed)
 
 
