@@ -28,7 +28,7 @@ def decide(
     """The plan with all that it left open, and the model as its stages are to see it."""
     recipe = plan.recipe
     if recipe.view and recipe.view.calibrated:
-        model = _learned(plan, model, tokens, scratch, manifest, tell)
+        plan, model = _learned(plan, model, tokens, scratch, manifest, tell)
     if plan.units:
         if "allocation" not in manifest.facts:
             tell("allocate", 0.0, f"measuring {len(plan.units)} units")
@@ -44,18 +44,15 @@ def decide(
 
 def _learned(
     plan: Plan, model: LazyModel, tokens: Tensor, scratch: Path, manifest: Manifest, tell: Progress
-) -> LazyModel:
-    """The model as a view shows it that has learned from calibration."""
-    file = scratch / "learned.safetensors"
-    if "rotation" not in manifest.facts:
-        tell("rotate", 0.0, "learning a rotation")
-        learned = plan.recipe.view.learn(model, tokens, scratch / "rotation", plan.quantized)
-        save_file({"rotation": learned.rotation.cpu()}, file)
-        manifest.facts["rotation"] = {
-            "error_before": learned.before,
-            "error_after": learned.after,
-            "notes": list(learned.notes),
-        }
+) -> tuple[Plan, LazyModel]:
+    """Plan and model as a view shows them that has learned from calibration."""
+    view, file = plan.recipe.view, scratch / "learned.safetensors"
+    if view.name not in manifest.facts:
+        tell(view.name, 0.0, f"looking at {plan.num_blocks} blocks")
+        found = view.learn(model, tokens, scratch / "learning", plan.quantized)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in found.tensors.items()}, file)
+        manifest.facts[view.name] = found.facts
         manifest.save()
-    further = load_file(file)["rotation"]
-    return LazyModel(plan.open_weights(further), dtype=model.dtype, device=str(model.device))
+    learned = load_file(file)
+    plan = plan.having(learned)
+    return plan, LazyModel(plan.open_weights(learned), dtype=model.dtype, device=str(model.device))

@@ -22,6 +22,8 @@ CROSS = 2
 """The moments across both streams, and what is made of them, where there are two."""
 LEARNING = 4
 """Float32 copies of a block's weights while they are learned: offsets, gradients, old and new."""
+TRAINED = 6
+"""Float32 copies of a model that is trained."""
 COPIES = 5
 """Float32 copies of one layer's weight while it is quantized."""
 SCORING_BYTES = 64 << 20
@@ -62,6 +64,12 @@ def peak_memory(
         walking += LEARNING * 4 * weights + 2 * batch
     scoring = 4 * max(weights, *outer, 0) + LOGITS * SCORING_BYTES if scored else 0
     return IMPORTS + max(walking, scoring, stored * sum(outer))
+
+
+def training_memory(parameters: int) -> int:
+    """Predicted peak resident memory of training in bytes: weights, gradients, two moments and the best weights so far
+    in float32, and the teacher."""
+    return IMPORTS + TRAINED * 4 * parameters + LOGITS * SCORING_BYTES
 
 
 def memory_now() -> int:

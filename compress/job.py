@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,21 +21,21 @@ from compress.calibrate import BATCH_TOKENS
 from compress.calibrate.activations import Activations
 from compress.calibrate.block import Block
 from compress.calibrate.capture import finish
-from compress.calibrate.data import Windows, calibration_windows, first_tokens, is_file, read_dataset
 from compress.calibrate.walk import enter, inputs_of, walk
-from compress.checkpoint import kv_cache
+from compress.checkpoint import kv_cache, sparse_24
 from compress.checkpoint.adapter import ADAPTER, adapter_config, create_adapter, open_adapter, write_products
 from compress.checkpoint.folder import OutputFolder
-from compress.checkpoint.manifest import Manifest, run_key, write_atomically
+from compress.checkpoint.manifest import Manifest, write_atomically
 from compress.checkpoint.weights import open_model
 from compress.core.kv import parse_kv_scheme
 from compress.decisions import decide
 from compress.errors import VerificationError
 from compress.footprint import peak_memory_so_far, versions
-from compress.models.store import LazyModel, compute_dtype, give_back, load_tokenizer
-from compress.plan import Plan
+from compress.models.store import LazyModel, compute_dtype, give_back
+from compress.plan import PROBE_WINDOWS, Plan
 from compress.recipe import dump
-from compress.scoring import Progress, read_streams, score_streams
+from compress.scoring import Progress, score_streams
+from compress.texts import Texts
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 """Largest relative difference of logits between the walk and the reloaded files. Both run the same operations on the
@@ -48,38 +49,25 @@ class Job:
     plan: Plan
     folder: OutputFolder
     model: LazyModel
-    windows: Windows
-    texts: dict[str, Tensor]
-    """Token streams to score on, by name."""
-    tokenizer: Any
+    texts: Texts
     manifest: Manifest
     tell: Progress
     started: float
 
     @classmethod
-    def create(cls, plan: Plan, folder: OutputFolder, device: str, resume: bool, tell: Progress) -> Job:
+    def create(
+        cls, plan: Plan, folder: OutputFolder, texts: Texts, manifest: Manifest, device: str, tell: Progress
+    ) -> Job:
         started = time.monotonic()
-        tell("calibrate", 0.0, "reading text")
-        tokenizer = load_tokenizer(plan.folder.path)
-        windows = _windows(plan, tokenizer)
-        texts = _texts(plan, windows, tokenizer)
-        if plan.calibrated and len(windows.tokens) < plan.windows:
-            plan = plan.with_windows(len(windows.tokens))
-        stored = plan.layers[0].dtype
-        dtype = compute_dtype(stored, plan.recipe.calibration.dtype, device)
+        dtype = compute_dtype(plan.layers[0].dtype, plan.recipe.calibration.dtype, device)
         model = LazyModel(plan.open_weights(), dtype=dtype, device=device)
-        key = run_key(f"{dump(plan.recipe)}{dtype}", plan.folder, windows.hash)
-        path = folder.scratch / "manifest.json"
-        stages = len(plan.recipe.stages)
-        resume = resume and folder.unfinished
-        if resume:
-            manifest = Manifest.load(path, key)
-        else:
-            manifest = Manifest(path, key, seconds=[0.0] * stages, layers=[[] for _ in range(stages)])
-        folder.open(resume=resume)
-        manifest.save()
-        plan, model = decide(plan, model, windows.tokens, folder.scratch, manifest, tell)
-        return cls(plan, folder, model, windows, texts, tokenizer, manifest, tell, started)
+        plan, model = decide(plan, model, texts.windows.tokens, folder.scratch, manifest, tell)
+        return cls(plan, folder, model, texts, manifest, tell, started)
+
+    @property
+    def tokens(self) -> Int[Tensor, "windows length"]:
+        """What is sent through the blocks: the calibration windows, or a few to verify the result with."""
+        return self.texts.windows.tokens if self.plan.calibrated else self.texts.windows.tokens[:PROBE_WINDOWS]
 
     # ---- walk --------------------------------------------------------------------------------------------------
 
@@ -88,7 +76,7 @@ class Job:
         done = self.manifest.blocks
         if done == self.plan.num_blocks:
             return
-        entrance = enter(self.model, self.windows.tokens, inputs_of(0, self.folder.scratch), resumed=done > 0)
+        entrance = enter(self.model, self.tokens, inputs_of(0, self.folder.scratch), resumed=done > 0)
         self.manifest.width = entrance.inputs.width
         inputs = self._activation_file(done) if done else entrance.inputs
         if self.plan.products and not done:
@@ -111,9 +99,12 @@ class Job:
             del block, shard, outputs  # or they would stay until the next block is done
 
     def work(self, block: Block) -> None:
-        for index, stage in enumerate(self.plan.recipe.stages):
+        done = len(self.plan.recipe.segments)
+        for index, stage in enumerate(self.plan.recipe.walked, start=done):
             begun = time.monotonic()
-            if stage.role == "pruner":
+            if stage.role == "shaper":
+                reports = stage.shape(block)
+            elif stage.role == "pruner":
                 reports = stage.prune(block, self.plan.pruned(index, block.index))
             else:
                 reports = stage.apply(block, self.plan.schemes(index, block.index))
@@ -138,6 +129,8 @@ class Job:
                     encoded = {key: block.approximation(layer).to(value.dtype) for key, value in encoded.items()}
                 turned = self.plan.anatomy.transposed
                 tensors |= {key: value.t() if turned else value for key, value in encoded.items()}
+            elif layer in self.plan.compact:
+                tensors |= sparse_24.encode(header.name.removesuffix(".weight"), block.stored(name))
             elif name in block.rewritten:
                 tensors[header.name] = block.stored(name)
             else:
@@ -158,6 +151,10 @@ class Job:
         for layer, tensor in block.quantized.items():
             name = self.model.weights.tensors[f"{layer}.weight"].name.removesuffix(".weight")
             if self.plan.format.decode(name, stored, tensor.grid) != tensor:
+                wrong.append((shard, layer))
+        for layer in self.plan.compact.intersection(name.removesuffix(".weight") for name in block.rewritten):
+            name = self.model.weights.tensors[f"{layer}.weight"].name.removesuffix(".weight")
+            if not torch.equal(sparse_24.decode(name, stored), block.stored(f"{layer}.weight").cpu()):
                 wrong.append((shard, layer))
         for layer, factors in block.compensated.items():
             if not all(map(torch.equal, adapter.read(layer), (factor.cpu() for factor in factors))):
@@ -180,13 +177,13 @@ class Job:
         self.folder.write_shard(self.plan.num_blocks, rest)
         del rest
         give_back()
-        config = dict(self.plan.viewed.config)
+        config = dict(self.plan.after.config)
         linear = [name for name, module in self.model.module.named_modules() if isinstance(module, nn.Linear)]
-        kept = [name for name in linear if name not in self.plan.quantized]
+        kept = [name for name in linear if name not in self.plan.quantized and name not in self.plan.compact]
         online, dtype = self.model.weights.online, self.plan.layers[0].dtype
         quantization = self.plan.format.quantization_config(self.plan.quantized, kept, online, dtype)
         cache = self.plan.recipe.cache
-        if quantization and (self.plan.quantized or (cache and cache.static)):
+        if quantization and (self.plan.quantized or self.plan.compact or (cache and cache.static)):
             config["quantization_config"] = quantization
         if cache:
             decision = self.manifest.facts.get("kv_cache")
@@ -208,7 +205,7 @@ class Job:
         self.say("verify", "reloading the checkpoint")
         hidden = self._activation_file(self.plan.num_blocks)
         batch = max(1, BATCH_TOKENS // hidden.length)
-        tokens = self.windows.tokens[:batch]
+        tokens = self.tokens[:batch]
         with self.model.streamed():
             expected = finish(self.model, tokens[:1], hidden.read(0, 1))
         give_back()
@@ -242,13 +239,13 @@ class Job:
             return None, "an encoder has no perplexity; use `netsuke eval --tasks`"
         give_back()
         options = self.plan.recipe.evaluation
-        if not self.texts:
+        if not self.texts.streams:
             return None, "no text to score on: give --calibration FILE, or evaluation.text in the recipe"
         scores = score_streams(
             self.folder.partial,
-            self.plan.folder.path,
-            self.tokenizer,
-            self.texts,
+            self.plan.original.path,
+            self.texts.tokenizer,
+            self.texts.streams,
             context=min(options.sequence_length or self.plan.context, self.plan.context),
             limit=options.samples,
             device=str(self.model.device),
@@ -256,7 +253,7 @@ class Job:
         )
         return {
             "model": str(self.folder.final),
-            "baseline": str(self.plan.folder.path),
+            "baseline": str(self.plan.original.path),
             "texts": scores,
             "tasks": {},
         }, ""
@@ -278,10 +275,12 @@ class Job:
         return {
             "recipe": dump(plan.recipe),
             "recipe_name": plan.recipe.name,
-            "model": str(plan.folder.path),
+            "model": str(plan.original.path),
             "stages": stages,
             "bytes_before": plan.bytes_before,
             "bytes_after": sum(file.stat().st_size for file in self.folder.weight_files),
+            "parameters_before": plan.parameters_before,
+            "parameters_after": plan.parameters_after,
             "bits_per_weight": plan.bits_per_weight,
             "calibration": self._calibration(),
             "peak_memory_bytes": peak_memory_so_far(),
@@ -293,67 +292,39 @@ class Job:
             "verification": manifest.facts["verification"],
             "allocation": manifest.facts.get("allocation"),
             "kv_cache": manifest.facts.get("kv_cache"),
-            "rotation": manifest.facts.get("rotation"),
+            "rotation": manifest.facts.get("rotate"),
+            "segments": manifest.facts.get("segments", []),
             "notes": list(plan.notes),
             "roles": {layer.name: layer.role for layer in plan.layers},
             "block_of": {layer.name: layer.block for layer in plan.layers if layer.block is not None},
         }
 
     def _calibration(self) -> dict[str, Any] | None:
-        if not self.plan.calibrated:
+        if not self.plan.recipe.calibrated:
             return None
+        tokens = self.texts.windows.tokens
         return {
             "dataset": self.plan.recipe.calibration.dataset,
-            "tokens": self.windows.tokens.numel(),
-            "windows": len(self.windows.tokens),
-            "sequence_length": self.windows.tokens.shape[1],
-            "hash": self.windows.hash,
+            "tokens": tokens.numel(),
+            "windows": len(tokens),
+            "sequence_length": tokens.shape[1],
+            "hash": self.texts.windows.hash,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
     def say(self, phase: str, words: str, share: float = 0.0) -> None:
         """Report progress as a share of the whole run, each phase weighted by the tokens it has to push."""
-        blocks = self.windows.tokens.numel() * (3.0 if self.plan.calibrated else 1.0)
-        scoring = 2.0 * self.plan.recipe.evaluation.samples * self.plan.context * len(self.texts)
+        blocks = self.tokens.numel() * (3.0 if self.plan.calibrated else 1.0)
+        scoring = 2.0 * self.plan.recipe.evaluation.samples * self.plan.context * len(self.texts.streams)
         whole = blocks + scoring
         done = blocks * self.manifest.blocks / self.plan.num_blocks + (scoring * share if phase == "score" else 0.0)
         self.tell(phase, done / whole, words)
 
     def _activation_file(self, index: int) -> Activations:
-        windows, length = self.windows.tokens.shape
+        windows, length = self.tokens.shape
         return Activations(
             inputs_of(index, self.folder.scratch), length, self.manifest.width, self.model.dtype, windows
         )
-
-
-def _windows(plan: Plan, tokenizer: Any) -> Windows:
-    """Calibration windows, or, where no stage needs any, a few random ones to verify the checkpoint with."""
-    options = plan.recipe.calibration
-    if plan.calibrated:
-        documents = read_dataset(options.dataset, options.split, tokenizer)
-        return calibration_windows(
-            documents, tokenizer, samples=plan.windows, length=plan.sequence_length, seed=options.seed
-        )
-    generator = torch.Generator().manual_seed(options.seed)
-    size = (plan.windows, plan.sequence_length)
-    tokens = torch.randint(0, len(tokenizer), size, generator=generator)
-    unused: tuple[str, ...] = ()
-    if is_file(options.dataset):
-        unused = tuple(read_dataset(options.dataset, options.split, tokenizer))
-    return Windows(tokens, f"random-{options.seed}", tokens.new_empty(0), unused)
-
-
-def _texts(plan: Plan, windows: Windows, tokenizer: Any) -> dict[str, Tensor]:
-    """What the result will be scored on, read before the work so that a missing file is known before it."""
-    options = plan.recipe.evaluation
-    if options.text:
-        return read_streams([Path(name) for name in options.text], tokenizer)
-    if plan.anatomy.head is None:
-        return {}
-    wanted = options.samples * (options.sequence_length or plan.context)
-    more, _ = first_tokens(windows.unused, tokenizer, wanted - len(windows.rest))
-    stream = torch.cat([windows.rest, more])
-    return {"held-out calibration text": stream} if len(stream) > 1 else {}
 
 
 def _gates(plan: Plan, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:

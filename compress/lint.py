@@ -8,15 +8,33 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from compress.checkpoint import Format
+from compress.checkpoint import Format, sparse_24
 from compress.core.scheme import Scheme
 from compress.models.anatomy import Anatomy
 from compress.models.selection import LayerName
-from compress.recipe import Recipe
+from compress.recipe import Recipe, is_segment
 from compress.stage import Unit
 
 SIZES = (256, 128, 64, 32, 16)
 """Group sizes that engines have kernels for, offered in place of one that does not divide."""
+
+
+def order(recipe: Recipe) -> list[str]:
+    """Segments behind a stage of the walk."""
+    problems = []
+    for index in range(len(recipe.segments), len(recipe.stages)):
+        stage, first = recipe.stages[index], recipe.walked[0]
+        if is_segment(stage) and not recipe.segment:
+            problems.append(
+                f"{recipe.where('stages', index, stage.name)}: {stage.name} makes another model, of another shape or "
+                f"trained; put it before {first.name}"
+            )
+    return problems
+
+
+def shape(recipe: Recipe, problems: Sequence[str]) -> list[str]:
+    """What speaks against another shape: the stage's own `problems`."""
+    return [f"{recipe.where('stages', 0, recipe.shaper.name)}: {problem}" for problem in problems]
 
 
 def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], biased: bool) -> list[str]:
@@ -28,6 +46,8 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], biased: b
     quantizers = [index for index, stage in enumerate(recipe.stages) if stage.role == "quantizer"]
     for index, stage in enumerate(recipe.stages):
         where = recipe.where("stages", index, stage.name)
+        if is_segment(stage):
+            continue
         if stage.role == "quantizer":
             if index not in owner.values():
                 problems.append(f"{where}: stages[{index}].{stage.name} would change nothing: no layer is left for it")
@@ -49,7 +69,7 @@ def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], biased: b
             problems.append(f"{where}: one {stage.name} decides for all layers; leave out the second")
         if not any(later > index for later in quantizers):
             problems.append(f"{where}: {stage.name} prepares weights for a quantizer; put rtn or gptq after it")
-        if stage.role == "view" and index > 0:
+        if stage.role == "view" and stage is not recipe.view:
             problems.append(f"{where}: {stage.name} must be the first stage: those after it see the model it makes")
         if any(earlier < index for earlier in quantizers):
             problems.append(f"{where}: {stage.name} must come before every quantizer")
@@ -79,7 +99,7 @@ def _after_pruning(recipe: Recipe, index: int) -> list[str]:
 
 def view(recipe: Recipe, problems: Sequence[str], form: Format) -> list[str]:
     """What speaks against changing the model as a whole: the stage's own `problems`, and what cannot be stored."""
-    where = recipe.where("stages", 0, recipe.view.name)
+    where = recipe.where("stages", recipe.stages.index(recipe.view), recipe.view.name)
     found = [f"{where}: {problem}" for problem in problems]
     if recipe.view.online and form.name != "compressed-tensors":
         folder = f"a folder of {form.name}" if form.packs else "an ordinary folder"
@@ -165,6 +185,20 @@ def storage(
         f"{recipe.where('stages', index, recipe.stages[index].name)}: {problem}"
         for (index, _), problem in found.items()
     ]
+
+
+def zeros(recipe: Recipe, pruner: Mapping[str, int], layers: Sequence[LayerName], form: Format) -> list[str]:
+    """Zeros that are to be left out of the file and cannot be: the first of each kind. `pruner`: layer → stage."""
+    if form.name != sparse_24.NAME:
+        return []
+    found: dict[tuple[int, str], str] = {}
+    for layer in (layer for layer in layers if layer.name in pruner):
+        index = pruner[layer.name]
+        for problem in sparse_24.problems(layer.name, layer.kind, recipe.stages[index].resolved):
+            found.setdefault((index, layer.kind), f"{recipe.where('stages', index, recipe.stages[index].name)}: {problem}")
+    if not pruner:
+        return [f"{recipe.where('checkpoint', 'format')}: no stage prunes, so {form.name} has nothing to leave out"]
+    return [*found.values()]
 
 
 def readers(recipe: Recipe, schemes: Mapping[str, Scheme], form: Format) -> list[str]:

@@ -1,7 +1,8 @@
 """The main job: a recipe and a model in, a verified smaller checkpoint out.
 
     plan      what will happen, from headers alone
-    calibrate text → token windows → the first block's inputs
+    texts     what to calibrate on, to train on, to be scored on
+    segments  stages that change the model's shape or train it, each a run from one ordinary folder to the next
     walk      block by block: observe, transform, quantize, propagate, write the final shard
     finish    the tensors outside the blocks, config, tokenizer, recipe
     verify    reload the files from disk, and compare with what the walk computed
@@ -20,14 +21,17 @@ from typing import Any
 
 from compress import report as reporting
 from compress.checkpoint.folder import OutputFolder
+from compress.checkpoint.manifest import Manifest, run_key
 from compress.errors import ModelError, OutputError
 from compress.job import Job
 from compress.models.headers import read_folder
-from compress.models.store import device_named, local_folder
+from compress.models.store import compute_dtype, device_named, local_folder
 from compress.plan import Plan, make_plan
-from compress.recipe import Recipe, load, overridden
+from compress.recipe import Recipe, dump, load, overridden
 from compress.scoring import Progress
+from compress.segments import complete
 from compress.stage import Stage
+from compress.texts import Texts
 
 
 def run(
@@ -53,13 +57,23 @@ def run(
     if target is None:
         raise OutputError("no output folder: give --output DIR, or 'output' in the recipe")
     folder = OutputFolder(Path(target), len(plan.shards))
-    source = plan.folder.path.resolve()
+    source = plan.original.path.resolve()
     if folder.final == source or folder.final in source.parents or source in folder.final.parents:
         raise OutputError(f"{target}: is the model's own folder, or lies inside or around it. Choose another --output")
     folder.check(resume=resume, overwrite=overwrite)
-    if plan.folder.truncated:
-        raise ModelError("; ".join(plan.folder.truncated))
-    job = Job.create(plan, folder, device_named(device), resume, progress or (lambda *_: None))
+    device = device_named(device)
+    if plan.original.truncated:
+        raise ModelError("; ".join(plan.original.truncated))
+    tell = progress or (lambda *_: None)
+    tell("calibrate", 0.0, "reading text")
+    texts = Texts.read(plan)
+    if plan.recipe.calibrated and len(texts.windows.tokens) < plan.windows:
+        plan = plan.with_windows(len(texts.windows.tokens))
+    dtype = compute_dtype(plan.layers[0].dtype, plan.recipe.calibration.dtype, device)
+    key = run_key(f"{dump(plan.recipe)}{dtype}", plan.original, texts.windows.hash)
+    manifest = Manifest.begin(folder, key, len(plan.recipe.stages), resume=resume and folder.unfinished)
+    plan = complete(plan, texts, folder.scratch, manifest, device, tell)
+    job = Job.create(plan, folder, texts, manifest, device, tell)
     job.walk()
     job.finish()
     job.verify()

@@ -7,23 +7,25 @@ exactly this plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
 from compress import assignment, lint
-from compress.checkpoint import FORMATS, Format, format_for, kv_cache
+from compress.checkpoint import FORMATS, Format, format_for
 from compress.checkpoint.adapter import ADAPTER, Product, adapter_layout
-from compress.core.kv import KVScheme, heads_of
+from compress.core.kv import heads_of
 from compress.core.scheme import Scheme
 from compress.errors import ModelError, RecipeError
-from compress.footprint import peak_memory
+from compress.footprint import peak_memory, training_memory
+from compress.layers import LayerPlan, context_length, layer_plan, num_blocks_of, shape_of, shards_of
 from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
-from compress.models.headers import Folder, TensorHeader, canonical, file_bytes, tensor_bytes
-from compress.models.selection import LayerName, did_you_mean
+from compress.models.headers import Folder, canonical, file_bytes, tensor_bytes
+from compress.models.selection import did_you_mean
 from compress.models.store import Weights, compute_dtype
 from compress.recipe import Recipe
 from compress.stage import Unit
@@ -35,41 +37,16 @@ PROBE_LENGTH = 32
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """What happens to one layer."""
-
-    name: str
-    role: str
-    kind: str
-    block: int | None
-    shape: tuple[int, int]
-    """[out, in], however the module stores it."""
-    dtype: str
-    stage: int | None
-    """Index of the stage that quantizes it."""
-    scheme: Scheme | None
-    rank: int | None
-    """Of the product that makes up for its rounding, if one does."""
-    pruner: int | None
-    """Index of the stage that prunes it."""
-    reason: str
-    bytes_before: int
-    bytes_after: int
-
-    @property
-    def action(self) -> str:
-        return "quantize" if self.scheme else "keep" if self.pruner is None else "prune"
-
-
-@dataclass(frozen=True)
 class Plan:
     """Everything about a run that is known before it begins."""
 
     recipe: Recipe
     folder: Folder
-    """The model as it lies on disk."""
+    """The model that comes in, as it lies on disk; behind a segment, as it will."""
     viewed: Folder
     """The model as the stages see it."""
+    after: Folder
+    """What the result looks like to a reader, but for what is quantized."""
     anatomy: Anatomy
     layers: tuple[LayerPlan, ...]
     format: Format
@@ -81,23 +58,40 @@ class Plan:
     notes: tuple[str, ...]
     units: tuple[Unit, ...] = ()
     """What an allocator chooses for; the schemes above are those of a uniform choice until it has."""
+    segments: tuple[Plan, ...] = ()
+    """The runs that come first, of one stage each: those that change the model's shape, or train it."""
 
-    def open_weights(self, learned: Tensor | None = None) -> Weights:
+    @property
+    def original(self) -> Folder:
+        """The model that the whole run begins with, and is measured against."""
+        return self.segments[0].folder if self.segments else self.folder
+
+    def open_weights(self, learned: Mapping[str, Tensor] | None = None) -> Weights:
         """The tensors that the stages work on. `learned`: what a view has learned."""
         return self.recipe.view.weights(self.viewed, learned) if self.recipe.view else Weights(self.viewed)
 
     @property
     def calibrated(self) -> bool:
-        return self.recipe.calibrated
+        """Whether any stage of the walk needs calibration inputs."""
+        return any(stage.calibrated for stage in self.recipe.walked)
 
     @property
     def calibration_tokens(self) -> int:
-        return self.windows * self.sequence_length if self.calibrated else 0
+        return self.windows * self.sequence_length if self.recipe.calibrated else 0
 
     @property
     def bytes_before(self) -> int:
         """Bytes of the weight files that come in."""
-        return self.folder.bytes
+        return self.original.bytes
+
+    @property
+    def parameters_before(self) -> int:
+        return num_parameters(self.original)
+
+    @property
+    def parameters_after(self) -> int:
+        """Shapes counted, zeros and bits not."""
+        return num_parameters(self.after)
 
     @property
     def bytes_after(self) -> int:
@@ -108,6 +102,13 @@ class Plan:
     @property
     def peak_memory_bytes(self) -> int:
         """Predicted peak of resident memory."""
+        trained = max((num_parameters(plan.folder) for plan in self.segments if plan.recipe.trainer), default=0)
+        walked = max([plan.walking_bytes for plan in (*self.segments, self)])
+        return max(walked, training_memory(trained) if trained else 0)
+
+    @property
+    def walking_bytes(self) -> int:
+        """Predicted peak of resident memory of the walk, and of scoring."""
         return peak_memory(
             [layer.shape for layer in self.layers if layer.block == 0],
             [layer.shape for layer in self.layers if layer.block is None],
@@ -122,6 +123,11 @@ class Plan:
     @property
     def quantized(self) -> dict[str, Scheme]:
         return {layer.name: layer.scheme for layer in self.layers if layer.scheme}
+
+    @property
+    def compact(self) -> frozenset[str]:
+        """The pruned layers whose zeros are left out of the file."""
+        return frozenset(layer.name for layer in self.layers if layer.compact)
 
     @property
     def products(self) -> dict[str, Product]:
@@ -151,7 +157,18 @@ class Plan:
 
     def decided(self, bits: Mapping[str, int]) -> Plan:
         """The plan once an allocator has decided: layer → bits."""
-        return replace(make_plan(self.recipe, self.folder, bits), windows=self.windows, notes=self.notes)
+        plan = _plan(self.recipe, self.folder, self.segments, bits)
+        return replace(plan, windows=self.windows, notes=self.notes)
+
+    def having(self, learned: Mapping[str, Tensor]) -> Plan:
+        """The plan once a view has learned what it had to."""
+        plan = _plan(self.recipe, self.folder, self.segments, learned=learned)
+        return replace(plan, windows=self.windows, notes=self.notes)
+
+    def on(self, folder: Folder) -> Plan:
+        """The plan once the segments before it have left this folder."""
+        plan = _plan(self.recipe, folder, self.segments)
+        return replace(plan, windows=self.windows, notes=self.notes)
 
     def with_windows(self, windows: int) -> Plan:
         """The plan for a text that holds fewer windows than the recipe asks for."""
@@ -199,6 +216,8 @@ class Plan:
             ],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
             "bits_per_weight": self.bits_per_weight,
             "peak_memory_bytes": self.peak_memory_bytes,
             "calibration_tokens": self.calibration_tokens,
@@ -207,11 +226,31 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = None) -> Plan:
-    """Resolve a recipe against a model's headers. `bits`: layer → what an allocator has decided.
+def make_plan(recipe: Recipe, folder: Folder) -> Plan:
+    """Resolve a recipe against a model's headers.
 
     Raises RecipeError listing every selector, group, fused pair or combination that cannot be, with its place in
     the recipe; ModelError where the model itself is the problem.
+    """
+    problems = lint.order(recipe)
+    if problems:
+        raise RecipeError(problems)
+    segments: list[Plan] = []
+    for index in recipe.segments:
+        segments.append(_plan(recipe.only(index), segments[-1].after if segments else folder))
+    return _plan(recipe, segments[-1].after if segments else folder, segments)
+
+
+def _plan(
+    recipe: Recipe,
+    folder: Folder,
+    segments: Sequence[Plan] = (),
+    bits: Mapping[str, int] | None = None,
+    learned: Mapping[str, Tensor] | None = None,
+) -> Plan:
+    """The plan of one walk, over what the `segments` before it leave.
+
+    `bits`: layer → what an allocator has decided. `learned`: by a view, from calibration.
     """
     if folder.config.get("quantization_config"):
         method = folder.config["quantization_config"].get("quant_method", "unknown")
@@ -223,14 +262,18 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
     view, viewed = recipe.view, folder
     if view:
         problems += lint.view(recipe, view.problems(anatomy, tensors), form)
-        viewed = view.folder(folder, anatomy, tensors)
+        viewed = folder if problems else view.folder(folder, anatomy, tensors, learned)
         tensors = canonical(viewed.tensors, anatomy)
-    num_blocks = _num_blocks(folder.config, anatomy, tensors)
+    shaper, after = recipe.shaper, viewed
+    if shaper:
+        problems += lint.shape(recipe, shaper.problems(viewed, anatomy))
+        after = viewed if problems else shaper.folder(viewed, anatomy)
+    num_blocks = num_blocks_of(viewed.config, anatomy, tensors)
     candidates = assignment.candidates(anatomy, tensors, num_blocks)
     owner, reasons = assignment.assign(recipe, candidates, problems)
     schemes = {name: recipe.stages[stage].resolved for name, stage in owner.items()}
     inside = {
-        layer.name: _shape(tensors[f"{layer.name}.weight"], anatomy)
+        layer.name: shape_of(tensors[f"{layer.name}.weight"], anatomy)
         for layer in candidates
         if layer.name.startswith(f"{anatomy.blocks}.")
     }
@@ -247,6 +290,7 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
         problems += lint.allocation(recipe, units, form)
         schemes |= allotted(recipe.allocator.budget(units), units, bits)
     problems += lint.storage(recipe, owner, schemes, shapes, candidates, form)
+    problems += lint.zeros(recipe, pruner, candidates, form)
     problems += lint.fused(anatomy, candidates, schemes)
     problems += lint.readers(recipe, schemes, form)
     online = view.weights(viewed).online if view and view.online and not problems else ()
@@ -254,7 +298,7 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
     if problems:
         raise RecipeError(problems)
     layers = tuple(
-        _layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, schemes, ranks, pruner, reasons, form)
+        layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, schemes, ranks, pruner, reasons, form)
         for layer in candidates
     )
     notes = [*anatomy.conclusions, *folder.truncated]
@@ -270,7 +314,7 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
         notes.append(
             f"bits are decided once calibration has been seen, within {budget:,} bytes; a plan shows uniform ones"
         )
-    if len(viewed.tensors) > len(folder.tensors):
+    if view and not view.shrinks and len(viewed.tensors) > len(folder.tensors):
         notes.append(f"{anatomy.head} was tied to {anatomy.embedding}; rotated it has a weight of its own")
     if view and view.online:
         notes.append("inputs are rotated while the model runs: vLLM and compress.load do that, transformers does not")
@@ -285,13 +329,14 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
         recipe=recipe,
         folder=folder,
         viewed=viewed,
+        after=after,
         anatomy=anatomy,
         layers=layers,
         format=form,
         num_blocks=num_blocks,
-        shards=_shards(
+        shards=shards_of(
             anatomy,
-            tensors,
+            canonical(after.tensors, anatomy),
             num_blocks,
             {layer.name: layer for layer in layers},
             form,
@@ -302,15 +347,13 @@ def make_plan(recipe: Recipe, folder: Folder, bits: Mapping[str, int] | None = N
         sequence_length=length,
         notes=tuple(notes),
         units=tuple(units),
+        segments=tuple(segments),
     )
 
 
-def context_length(config: Mapping[str, Any]) -> int:
-    """The longest sequence the model was made for; 2048 where its config does not say."""
-    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length"):
-        if isinstance(config.get(key), int):
-            return config[key]
-    return 2048
+def num_parameters(folder: Folder) -> int:
+    """Numbers in all tensors of a folder."""
+    return sum(prod(header.shape) for header in folder.tensors.values())
 
 
 def _format(recipe: Recipe) -> Format:
@@ -320,80 +363,3 @@ def _format(recipe: Recipe) -> Format:
         known = ", ".join(FORMATS)
         raise RecipeError(f"{where}: there is no format {wanted!r}.{did_you_mean(wanted, FORMATS)} There are {known}")
     return format_for(recipe.checkpoint)
-
-
-def _num_blocks(config: Mapping[str, Any], anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> int:
-    """Blocks the model runs. Files may hold more, heads that predict several tokens, say; those are only copied."""
-    prefix = f"{anatomy.blocks}."
-    stored = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
-    for key in ("num_hidden_layers", "n_layer", "num_layers"):
-        if isinstance(config.get(key), int):
-            return config[key]
-    return len(stored)
-
-
-def _shape(header: TensorHeader, anatomy: Anatomy) -> tuple[int, int]:
-    first, second = header.shape
-    return (second, first) if anatomy.transposed else (first, second)
-
-
-def _layer_plan(
-    layer: LayerName,
-    anatomy: Anatomy,
-    header: TensorHeader,
-    owner: Mapping[str, int],
-    schemes: Mapping[str, Scheme],
-    ranks: Mapping[str, int],
-    pruner: Mapping[str, int],
-    reasons: Mapping[str, str],
-    form: Format,
-) -> LayerPlan:
-    inside = layer.name.startswith(f"{anatomy.blocks}.")
-    scheme, rank = schemes.get(layer.name), ranks.get(layer.name)
-    shape = _shape(header, anatomy) if inside else (header.shape[0], header.shape[1])
-    held = {f"{layer.name}.weight": (header.dtype, header.shape)}
-    if scheme:
-        held = form.layout(layer.name, shape, scheme, header.dtype)
-    if rank and form.packs:
-        held |= adapter_layout({layer.name: (shape[0], rank, shape[1])})
-    return LayerPlan(
-        name=layer.name,
-        role=layer.role,
-        kind=layer.kind,
-        block=int(layer.name.removeprefix(f"{anatomy.blocks}.").split(".")[0]) if inside else None,
-        shape=shape,
-        dtype=header.dtype,
-        stage=owner.get(layer.name),
-        scheme=scheme,
-        rank=rank,
-        pruner=pruner.get(layer.name),
-        reason="" if scheme or layer.name in pruner else reasons.get(layer.name, "no stage names it"),
-        bytes_before=header.nbytes,
-        bytes_after=sum(tensor_bytes(*entry) for entry in held.values()),
-    )
-
-
-def _shards(
-    anatomy: Anatomy,
-    tensors: Mapping[str, TensorHeader],
-    num_blocks: int,
-    layers: Mapping[str, LayerPlan],
-    form: Format,
-    cache: KVScheme | None,
-    kv_heads: int,
-) -> tuple[dict[str, tuple[str, tuple[int, ...]]], ...]:
-    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{} for _ in range(num_blocks + 1)]
-    for name, header in tensors.items():
-        inside = name.startswith(f"{anatomy.blocks}.")
-        index = int(name.removeprefix(f"{anatomy.blocks}.").split(".")[0]) if inside else num_blocks
-        shard = shards[min(index, num_blocks)]
-        layer = layers.get(name.removesuffix(".weight"))
-        if layer and layer.scheme and name.endswith(".weight"):
-            held = form.layout(header.name.removesuffix(".weight"), layer.shape, layer.scheme, header.dtype)
-            turned = anatomy.transposed
-            shard |= {key: (dtype, shape[::-1] if turned else shape) for key, (dtype, shape) in held.items()}
-        else:
-            shard[header.name] = header.dtype, header.shape
-        if cache and layer and layer.role == "attn.o" and name.endswith(".weight"):
-            shard |= kv_cache.layout(header, cache, kv_heads)
-    return tuple(shards)

@@ -86,6 +86,8 @@ class Recipe:
     """The file, or the shipped recipe, it was read from."""
     positions: Mapping[KeyPath, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each key and list item was written: `file:line:column`, or `--set path`."""
+    segment: bool = field(default=False, compare=False, repr=False)
+    """Whether this is one segment of another recipe."""
 
     @property
     def calibrated(self) -> bool:
@@ -95,12 +97,49 @@ class Recipe:
     @property
     def two_streams(self) -> bool:
         """Whether any stage wants the original model's activations beside the compressed one's."""
-        return any(stage.two_streams for stage in self.stages)
+        return any(stage.two_streams for stage in self.walked)
+
+    @property
+    def segments(self) -> range:
+        """The stages that are runs of their own, of one stage each, from an ordinary folder to another: they change the
+        model's shape, or train it. They come first. A recipe of one such stage is that run."""
+        alone = next((index for index, stage in enumerate(self.stages) if not is_segment(stage)), len(self.stages))
+        return range(0 if self.segment else alone)
+
+    @property
+    def walked(self) -> tuple[Any, ...]:
+        """The stages behind all segments, which share one walk."""
+        return self.stages[len(self.segments) :]
+
+    def only(self, index: int) -> Recipe:
+        """The run of one segment: its result is an ordinary folder."""
+        path = ("stages", index)
+        positions = {
+            ("stages", 0, *key[2:]) if key[:2] == path else key: place for key, place in self.positions.items()
+        }
+        return dataclasses.replace(
+            self,
+            stages=(self.stages[index],),
+            checkpoint=CheckpointOptions(format="dense"),
+            gates=Gates(),
+            positions=positions,
+            segment=True,
+        )
 
     @property
     def view(self) -> Any:
-        """The stage that changes the model as a whole before the walk, None where the first does not."""
-        return next((stage for stage in self.stages[:1] if stage.role == "view"), None)
+        """The stage that changes the model as a whole before the walk, None where the first of it does not."""
+        return next((stage for stage in self.walked[:1] if stage.role == "view"), None)
+
+    @property
+    def shaper(self) -> Any:
+        """The stage that changes the shape of each block, None where this is no such segment."""
+        return next((stage for stage in self.walked if stage.role == "shaper"), None)
+
+    @property
+    def trainer(self) -> Any:
+        """The stage that trains the model, None where this is no such segment."""
+        return next((stage for stage in self.walked if stage.role == "trainer"), None)
 
     @property
     def allocator(self) -> Any:
@@ -115,6 +154,11 @@ class Recipe:
     def where(self, *path: str | int) -> str:
         """Where to point in a complaint about `path`: its own place or that of the nearest part around it."""
         return nearest(self.positions, path) or self.source or self.name
+
+
+def is_segment(stage: Any) -> bool:
+    """Whether a stage is a run of its own: the model that comes out has another shape, or has been trained."""
+    return stage.role in {"shaper", "trainer"} or (stage.role == "view" and stage.shrinks)
 
 
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -7,25 +7,25 @@ layers, and reports each. After `apply` the block still runs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+from jaxtyping import Int
 from torch import Tensor
 
 from compress.calibrate.block import Block
-from compress.core.learned_rotation import Learned
 from compress.core.scheme import Scheme
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader
 from compress.models.store import LazyModel, Weights
 
-Role = Literal["quantizer", "transform", "corrector", "view", "allocator", "cache", "pruner"]
+Role = Literal["quantizer", "transform", "corrector", "view", "allocator", "cache", "pruner", "shaper", "trainer"]
 """A quantizer owns layers and puts them on their grids; a transform rewrites them beforehand, function preserved, and a
 corrector makes up for what was lost. A view changes the model as a whole before the walk, and an allocator decides the
 bits of the quantizers behind it. A cache stage decides how the model keeps keys and values while it runs. A pruner
-takes weights out, by making them zero."""
+takes weights out, by making them zero; a shaper takes out what makes matrices smaller. A trainer learns."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,15 @@ class Stage(Protocol):
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What calibration has taught a view."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    """For the report; plain data."""
+
+
+@dataclass(frozen=True)
 class Unit:
     """Layers that must be quantized alike, and what each choice would make of them."""
 
@@ -99,8 +108,72 @@ class Pruner(Stage, Protocol):
         ...
 
 
+class Shaper(Stage, Protocol):
+    """A stage that takes whole channels or heads out of each block, by `Block.rewrite`, so that its matrices shrink.
+
+    It is a run of its own: an ordinary folder goes in, an ordinary folder comes out.
+    """
+
+    def problems(self, folder: Folder, anatomy: Anatomy) -> list[str]:
+        """Why it cannot be done to this model, a sentence each."""
+        ...
+
+    def folder(self, folder: Folder, anatomy: Anatomy) -> Folder:
+        """What comes out: config and headers, worked out from those that go in."""
+        ...
+
+    def shape(self, block: Block) -> list[LayerReport]:
+        """Work on one block; inputs are what the blocks before it make now that they have shrunk."""
+        ...
+
+
+class Trainer(Stage, Protocol):
+    """A stage that trains the model as a whole, towards the one that the run began with.
+
+    It is a run of its own: an ordinary folder goes in, one of the same shapes comes out.
+    """
+
+    dataset: str | None
+    """What is trained on; None: what is left of the calibration text."""
+
+    def train(
+        self,
+        student: Path,
+        teacher: Path,
+        windows: Int[Tensor, "windows length"],
+        held_out: Int[Tensor, "held_out length"],
+        work: Path,
+        tell: Callable[[str, float, str], None],
+    ) -> Trained:
+        """Train the model of the folder `student`, towards that of `teacher`.
+
+        `work`: a folder to be made, from which a training that was killed goes on exactly where it was. `tell`: of
+        phase, share and words.
+        """
+        ...
+
+
+class Trained(Protocol):
+    """What came of a training."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Parameter name → value, float32; of tied ones the first."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the report; plain data."""
+        ...
+
+
 class View(Stage, Protocol):
     """A stage that changes the model as a whole, before the walk: its tensors are rewritten as they are read."""
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the model that comes out has another shape. Then it is a run of its own, as a shaper's is."""
+        ...
 
     @property
     def online(self) -> bool:
@@ -111,12 +184,19 @@ class View(Stage, Protocol):
         """Why it cannot be done to this model, a sentence each."""
         ...
 
-    def folder(self, folder: Folder, anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> Folder:
-        """What the folder will look like to a reader: config and headers."""
+    def folder(
+        self,
+        folder: Folder,
+        anatomy: Anatomy,
+        tensors: Mapping[str, TensorHeader],
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> Folder:
+        """What the folder will look like to a reader: config and headers. `learned`: what came of `learn`, None: not
+        known yet."""
         ...
 
-    def weights(self, folder: Folder, learned: Tensor | None = None) -> Weights:
-        """The tensors of such a folder. `learned`: what came of `learn`."""
+    def weights(self, folder: Folder, learned: Mapping[str, Tensor] | None = None) -> Weights:
+        """The tensors of such a folder."""
         ...
 
     def learn(self, model: LazyModel, tokens: Tensor, scratch: Path, schemes: Mapping[str, Scheme]) -> Learned:

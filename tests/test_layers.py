@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 EVERYWHERE = "errors"
 PART_OF_FILE = {
     "assignment": "plan", "decisions": "pipeline", "draft": "recipe", "footprint": "plan", "job": "pipeline",
-    "lint": "plan", "units": "plan",
+    "layers": "plan", "lint": "plan", "segments": "pipeline", "texts": "pipeline", "units": "plan",
 }  # fmt: skip
 """Files that belong to a part by another name."""
 SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the codecs that wrote it"}

@@ -11,10 +11,13 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import OutputError, writing
 from compress.models.headers import Folder
+
+if TYPE_CHECKING:
+    from compress.checkpoint.folder import OutputFolder
 
 SAMPLE = 1 << 16
 """Bytes read from the beginning and the end of each weight file for its fingerprint."""
@@ -42,6 +45,17 @@ class Manifest:
     def save(self) -> None:
         content = {name: value for name, value in asdict(self).items() if name != "path"}
         write_atomically(self.path, json.dumps(content).encode())
+
+    @classmethod
+    def begin(cls, folder: OutputFolder, key: str, num_stages: int, *, resume: bool) -> Manifest:
+        """Open the folder of a run: as it was left, where it is resumed, or empty. Raises OutputError."""
+        path = folder.scratch / "manifest.json"
+        manifest = cls.load(path, key) if resume else cls(path, key)
+        folder.open(resume=resume)
+        if not resume:
+            manifest.seconds, manifest.layers = [0.0] * num_stages, [[] for _ in range(num_stages)]
+            manifest.save()
+        return manifest
 
     @classmethod
     def load(cls, path: Path, key: str) -> Manifest:

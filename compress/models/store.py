@@ -217,10 +217,9 @@ def empty_module(folder: Folder) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     config = read_config(folder.path)
+    config = type(config).from_dict(folder.config)  # which may be that of another shape than the files have
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    if folder.config.get("tie_word_embeddings") is False:
-        config.tie_word_embeddings = False
     architecture = next(iter(config.architectures or ()), None)
     model_class = getattr(transformers, architecture or "", None)
     try:

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from compress.core.learned_rotation import Learned
 from compress.core.scheme import Scheme
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader
 from compress.models.rotated import RotatedWeights, obstacles, untied
 from compress.models.store import LazyModel, Weights
-from compress.stage import LayerReport, Role
+from compress.stage import LayerReport, Learned, Role
 from compress.transform.learn_rotation import learn_rotation
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ class Rotate:
     name: ClassVar[str] = "rotate"
     role: ClassVar[Role] = "view"
     two_streams: ClassVar[bool] = False
+    shrinks: ClassVar[bool] = False
     r1: bool = True
     """Turn the residual stream."""
     r2: bool = True
@@ -72,15 +72,24 @@ class Rotate:
         found = obstacles(anatomy, tensors) if self.r1 else []
         return [f"{problem}. Set r1: false to do without" for problem in found]
 
-    def folder(self, folder: Folder, anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> Folder:
+    def folder(
+        self,
+        folder: Folder,
+        anatomy: Anatomy,
+        tensors: Mapping[str, TensorHeader],
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> Folder:
         return untied(folder, anatomy, tensors) if self.r1 else folder
 
-    def weights(self, folder: Folder, learned: Tensor | None = None) -> Weights:
-        return RotatedWeights(folder, r1=self.r1, r2=self.r2, r4=self.r4, seed=self.seed, further=learned)
+    def weights(self, folder: Folder, learned: Mapping[str, Tensor] | None = None) -> Weights:
+        further = learned["rotation"] if learned else None
+        return RotatedWeights(folder, r1=self.r1, r2=self.r2, r4=self.r4, seed=self.seed, further=further)
 
     def learn(self, model: LazyModel, tokens: Tensor, scratch: Path, schemes: Mapping[str, Scheme]) -> Learned:
         inputs = {name: scheme.inputs for name, scheme in schemes.items() if scheme.inputs}
-        return learn_rotation(model, tokens, scratch, inputs, steps=self.steps, seed=self.seed)
+        found = learn_rotation(model, tokens, scratch, inputs, steps=self.steps, seed=self.seed)
+        facts = {"error_before": found.before, "error_after": found.after, "notes": list(found.notes)}
+        return Learned({"rotation": found.rotation}, facts)
 
     def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
         """Nothing is left to do."""
