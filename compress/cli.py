@@ -23,6 +23,7 @@ EXAMPLES = {
     "plan": "netsuke plan w4a16-gptq --model ./Llama-3.2-1B",
     "recipes": "netsuke recipes w4a16-gptq > mine.yaml",
     "inspect": "netsuke inspect out",
+    "convert": "netsuke convert out --to gptq_v2 --output out-gptq",
     "eval": "netsuke eval out --baseline ./Llama-3.2-1B --text test.jsonl",
     "generate": 'netsuke generate out --prompt "Once upon a time"',
     "bench": "netsuke bench out --baseline ./Llama-3.2-1B",
@@ -87,6 +88,15 @@ def parser() -> argparse.ArgumentParser:
     inspect = add("inspect", _inspect, "show what a checkpoint holds")
     inspect.add_argument("folder", metavar="DIR")
     _json_argument(inspect)
+
+    convert = add("convert", _convert, "write the same quantized values in another runtime's format")
+    convert.add_argument("folder", metavar="DIR")
+    convert.add_argument(
+        "--to", required=True, metavar="FORMAT", help="gptq, gptq_v2, awq, compressed-tensors, dense …"
+    )
+    convert.add_argument("--output", required=True, metavar="DIR2")
+    convert.add_argument("--overwrite", action="store_true", help="replace what is at the output")
+    _json_argument(convert)
 
     evaluate = add("eval", _eval, "score a model, alone or against a baseline")
     evaluate.add_argument("model", metavar="MODEL")
@@ -159,6 +169,8 @@ def _run(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             progress=bar.show,
         )
+    if not report:  # another process of the same launch has it
+        return 0
     _print(arguments, report, summary_lines(report))
     missed = [gate for gate in report["gates"] if gate["met"] is False]
     for gate in missed:
@@ -207,6 +219,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     found = inspect(Path(arguments.folder))
     _print(arguments, found, inspection_table(found))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from compress.convert import convert
+    from compress.tables import size
+
+    found = convert(arguments.folder, arguments.to, arguments.output, overwrite=arguments.overwrite)
+    told = f"{size(found['bytes_before'])} → {size(found['bytes_after'])}"
+    _print(arguments, found, [("output", found["output"]), ("format", found["format"]), ("size", told)])
     return 0
 
 

@@ -11,16 +11,19 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import quant_kernels
 from compress.core.inputs import round_inputs
-from compress.core.scheme import WEIGHT_BITS, Scheme, parse_scheme
+from compress.core.scheme import WEIGHT_BITS, Grid, Scheme, parse_scheme
+from compress.core.sparsity import keep_largest, parse_pattern
 from compress.quantize.rtn import rtn
 from compress.runtime.modules import QuantLinear, levels_of, weight_levels
+from compress.runtime.sparse import SparseLinear, backend_for
 from quant_kernels import cpu, gpu, native
 
 SCHEMES = (*(f"w{bits}a16" for bits in WEIGHT_BITS), "w8a8", "w4a8", "fp8", "fp8a16", "nvfp4a16", "mxfp4a16", "w4a4")
-"""What is told about."""
+"""What is told about, and 2:4 sparse weights."""
 TYPICAL = 4096
 """Rows and columns of the layer for which a backend is chosen."""
 TRIED = (1, 3, 80)
@@ -37,7 +40,10 @@ def diagnose() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers")},
         "device": describe(device),
-        "backends": {name: _backend(parse_scheme(name), device) for name in SCHEMES},
+        "backends": {
+            **{name: _backend(parse_scheme(name), device) for name in SCHEMES},
+            "2:4": _sparse_backend(device),
+        },
     }
 
 
@@ -64,15 +70,23 @@ def _backend(scheme: Scheme, device: str) -> dict[str, str]:
         levels=weight_levels(grid),
         inputs=levels_of(scheme.inputs),
     )
-    error = kernel_error(scheme, dtype, device)
-    verdict = f"agrees with the reference to {error:.1e}"
-    if not error <= TOLERANCE:
-        verdict = f"COMPUTES WRONGLY HERE, relative error {error:.1e}: load with dtype=torch.float32 and report it"
+    verdict = _verdict(kernel_error(scheme, dtype, device))
     groups = "one scale per channel" if grid.group_size is None else f"groups of {grid.group_size}"
     by_itself = chosen.name in {kernel.name for kernel in quant_kernels.KERNELS if kernel.inputs}
     rounding = ["inputs are rounded before, by torch"] if scheme.inputs and not by_itself else []
     how = "; ".join([chosen.reason, *rounding, *_for_prompts(chosen.name), verdict])
     return {"backend": chosen.name, "reason": f"{groups}, bfloat16: {how}"}
+
+
+def _sparse_backend(device: str) -> dict[str, str]:
+    backend, reason = backend_for((TYPICAL, TYPICAL), torch.bfloat16, device)
+    return {"backend": backend, "reason": f"bfloat16: {reason}; {_verdict(sparse_error(torch.bfloat16, device))}"}
+
+
+def _verdict(error: float) -> str:
+    if not error <= TOLERANCE:
+        return f"COMPUTES WRONGLY HERE, relative error {error:.1e}: load with dtype=torch.float32 and report it"
+    return f"agrees with the reference to {error:.1e}"
 
 
 def _for_prompts(backend: str) -> list[str]:
@@ -94,11 +108,23 @@ def kernel_error(scheme: Scheme, dtype: torch.dtype, device: str) -> float:
     rows, columns = 512, 2048
     weight = rtn(torch.randn(rows, columns, generator=generator), scheme.weights, scale_dtype=dtype)
     layer = QuantLinear.from_quantized(weight, inputs=scheme.inputs, dtype=dtype, device=device)
+    return _error(layer, weight.dequantize(), scheme.inputs, dtype, device)
+
+
+def sparse_error(dtype: torch.dtype, device: str) -> float:
+    """The same of a layer of 2:4 sparse weights."""
+    weight = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = weight * keep_largest(weight.float().abs(), parse_pattern("2:4"))
+    return _error(SparseLinear(weight, dtype=dtype, device=device), weight.float(), None, dtype, device)
+
+
+def _error(layer: nn.Module, weight: Tensor, inputs: Grid | None, dtype: torch.dtype, device: str) -> float:
+    generator = torch.Generator().manual_seed(1)
     errors = []
     for tokens in (*TRIED, *((gpu.MOST_TOKENS + 1,) if device.startswith("cuda") else ())):
-        x = torch.randn(tokens, columns, generator=generator).to(dtype)
+        x = torch.randn(tokens, weight.shape[1], generator=generator).to(dtype)
         y = layer(x.to(device)).to("cpu", torch.float32)
-        exact = (round_inputs(x.float(), scheme.inputs) if scheme.inputs else x.float()) @ weight.dequantize().T
+        exact = (round_inputs(x.float(), inputs) if inputs else x.float()) @ weight.T
         errors.append((y - exact).norm() / exact.norm())
     return float(torch.stack(errors).max())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import format_of
+from compress.checkpoint import format_of, sparse_24
 from compress.checkpoint.adapter import Adapter, open_adapter
 from compress.checkpoint.kv_cache import scheme_of
 from compress.models import anatomy_for
@@ -13,7 +13,8 @@ from compress.models.headers import canonical, read_folder
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What `netsuke inspect` prints: format, layers with scheme, rank, shape and bytes, bits per weight, KV cache."""
+    """What `netsuke inspect` prints: format, layers with scheme, sparsity, rank, shape and bytes, bits per weight, KV
+    cache."""
     folder = read_folder(path)
     config = folder.config
     anatomy = anatomy_for(config, folder.shapes)
@@ -21,11 +22,12 @@ def inspect(path: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     form = format_of(config) if quantization else None
     schemes = form.schemes(quantization, tensors) if form and quantization else {}
+    sparse = sparse_24.sparse_layers(tensors) if form and form.name == sparse_24.NAME else frozenset()
     adapter = open_adapter(path) if quantization else Adapter(path)
     owners: dict[str, list[str]] = {}
     for name in tensors:
         stems = name.rpartition(".")[0], name.partition(".weight.")[0]
-        owner = next((stem for stem in stems if stem in schemes), name.removesuffix(".weight"))
+        owner = next((stem for stem in stems if stem in schemes or stem in sparse), name.removesuffix(".weight"))
         owners.setdefault(owner, []).append(name)
     layers = []
     weights = bits = 0
@@ -33,18 +35,20 @@ def inspect(path: Path) -> dict[str, Any]:
         total = sum(tensors[name].nbytes for name in names if not name.endswith(".bias"))
         total += adapter.bytes.get(layer, 0)
         scheme = schemes.get(layer)
+        stored = f"{layer}.compressed" if layer in sparse else names[0]
         if form and scheme:
             shape = form.shape(layer, tensors, scheme.weights)
             weights += shape[0] * shape[1]
             bits += 8 * total
         else:
-            shape = tensors[names[0]].shape
+            shape = sparse_24.shape(layer, tensors) if layer in sparse else tensors[names[0]].shape
         layers.append(
             {
                 "name": layer,
                 "scheme": scheme.name if scheme else None,
                 "group_size": scheme.weights.group_size if scheme else None,
-                "dtype": scheme.weights.format if scheme else tensors[names[0]].dtype,
+                "dtype": scheme.weights.format if scheme else tensors[stored].dtype,
+                "sparsity": sparse_24.PATTERN.name if layer in sparse else None,
                 "rank": adapter.products[layer][1] if layer in adapter.products else None,
                 "shape": list(shape),
                 "bytes": total,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,16 @@ class Job:
     texts: Texts
     manifest: Manifest
     tell: Progress
-    started: float
+    started: float = field(default_factory=time.monotonic)
 
     @classmethod
     def create(
         cls, plan: Plan, folder: OutputFolder, texts: Texts, manifest: Manifest, device: str, tell: Progress
     ) -> Job:
-        started = time.monotonic()
         dtype = compute_dtype(plan.layers[0].dtype, plan.recipe.calibration.dtype, device)
         model = LazyModel(plan.open_weights(), dtype=dtype, device=device)
         plan, model = decide(plan, model, texts.windows.tokens, folder.scratch, manifest, tell)
-        return cls(plan, folder, model, texts, manifest, tell, started)
+        return cls(plan, folder, model, texts, manifest, tell)
 
     @property
     def tokens(self) -> Int[Tensor, "windows length"]:
@@ -99,8 +98,8 @@ class Job:
             del block, shard, outputs  # or they would stay until the next block is done
 
     def work(self, block: Block) -> None:
-        done = len(self.plan.recipe.segments)
-        for index, stage in enumerate(self.plan.recipe.walked, start=done):
+        recipe = self.plan.recipe
+        for index, stage in enumerate(recipe.walked, start=len(recipe.stages) - len(recipe.walked)):
             begun = time.monotonic()
             if stage.role == "shaper":
                 reports = stage.shape(block)
@@ -152,7 +151,7 @@ class Job:
             name = self.model.weights.tensors[f"{layer}.weight"].name.removesuffix(".weight")
             if self.plan.format.decode(name, stored, tensor.grid) != tensor:
                 wrong.append((shard, layer))
-        for layer in self.plan.compact.intersection(name.removesuffix(".weight") for name in block.rewritten):
+        for layer in (each.name for each in self.plan.layers if each.compact and each.block == block.index):
             name = self.model.weights.tensors[f"{layer}.weight"].name.removesuffix(".weight")
             if not torch.equal(sparse_24.decode(name, stored), block.stored(f"{layer}.weight").cpu()):
                 wrong.append((shard, layer))

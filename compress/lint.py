@@ -12,29 +12,28 @@ from compress.checkpoint import Format, sparse_24
 from compress.core.scheme import Scheme
 from compress.models.anatomy import Anatomy
 from compress.models.selection import LayerName
-from compress.recipe import Recipe, is_segment
+from compress.recipe import LEARNER, Recipe, is_segment
 from compress.stage import Unit
 
+ONE_SCHEME = ("awq", "bitsandbytes", "gptq", "gptq_v2")
+"""Formats whose config says once how all layers are quantized."""
 SIZES = (256, 128, 64, 32, 16)
 """Group sizes that engines have kernels for, offered in place of one that does not divide."""
 
 
 def order(recipe: Recipe) -> list[str]:
-    """Segments behind a stage of the walk."""
+    """Stages that make another model, of another shape or trained, behind one that works on the model as it is."""
     problems = []
-    for index in range(len(recipe.segments), len(recipe.stages)):
-        stage, first = recipe.stages[index], recipe.walked[0]
-        if is_segment(stage) and not recipe.segment:
-            problems.append(
-                f"{recipe.where('stages', index, stage.name)}: {stage.name} makes another model, of another shape or "
-                f"trained; put it before {first.name}"
-            )
+    for stage in recipe.walked[1:]:
+        if is_segment(stage) or stage.name == LEARNER:
+            where = recipe.where("stages", recipe.stages.index(stage), stage.name)
+            problems.append(f"{where}: {stage.name} makes another model; put it before {recipe.walked[0].name}")
     return problems
 
 
-def shape(recipe: Recipe, problems: Sequence[str]) -> list[str]:
-    """What speaks against another shape: the stage's own `problems`."""
-    return [f"{recipe.where('stages', 0, recipe.shaper.name)}: {problem}" for problem in problems]
+def segment(recipe: Recipe, problems: Sequence[str]) -> list[str]:
+    """What speaks against a segment: the `problems` of its only stage."""
+    return [f"{recipe.where('stages', 0, recipe.stages[0].name)}: {problem}" for problem in problems]
 
 
 def stages(recipe: Recipe, anatomy: Anatomy, owner: Mapping[str, int], biased: bool) -> list[str]:
@@ -195,19 +194,22 @@ def zeros(recipe: Recipe, pruner: Mapping[str, int], layers: Sequence[LayerName]
     for layer in (layer for layer in layers if layer.name in pruner):
         index = pruner[layer.name]
         for problem in sparse_24.problems(layer.name, layer.kind, recipe.stages[index].resolved):
-            found.setdefault((index, layer.kind), f"{recipe.where('stages', index, recipe.stages[index].name)}: {problem}")
-    if not pruner:
-        return [f"{recipe.where('checkpoint', 'format')}: no stage prunes, so {form.name} has nothing to leave out"]
+            found.setdefault(
+                (index, layer.kind), f"{recipe.where('stages', index, recipe.stages[index].name)}: {problem}"
+            )
+    if not any(stage.role == "pruner" for stage in recipe.stages):
+        where = recipe.where("checkpoint", "format")
+        return [f"{where}: no stage prunes, so {form.name} has nothing to leave out. Use format dense"]
     return [*found.values()]
 
 
 def readers(recipe: Recipe, schemes: Mapping[str, Scheme], form: Format) -> list[str]:
     """Combinations that are stored faithfully and that transformers would still read wrongly."""
     found = sorted(set(schemes.values()), key=str)
-    if form.name == "bitsandbytes" and len(found) > 1:
+    if form.name in ONE_SCHEME and len(found) > 1:
         told = ", ".join(scheme.name for scheme in found)
         return [
-            f"{recipe.where('stages')}: {told}: bitsandbytes holds layers of one scheme in a folder. "
+            f"{recipe.where('stages')}: {told}: {form.name} holds layers of one scheme in a folder. "
             "Use one, or `checkpoint: {format: dense}`"
         ]
     if form.name != "compressed-tensors" or len(found) < 2 or all(scheme.weights.symmetric for scheme in found):

@@ -14,6 +14,7 @@ Every block is a resume point. Nothing is visible under the output's name before
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from compress.models.store import compute_dtype, device_named, local_folder
 from compress.plan import Plan, make_plan
 from compress.recipe import Recipe, dump, load, overridden
 from compress.scoring import Progress
-from compress.segments import complete
+from compress.segments import complete, follow, is_companion
 from compress.stage import Stage
 from compress.texts import Texts
 
@@ -51,6 +52,9 @@ def run(
     `recipe`: a file, the name of a shipped one, or a Recipe. `model`: a folder or hub id. `calibration`: a file or
     dataset name that replaces the recipe's. Raises RequestError before anything is written, RunError afterwards:
     then finished blocks are kept, and the same call with `resume=True` goes on.
+
+    Under `accelerate launch` every process makes this call. The first does the work, the others train with it, which is
+    all they do; they return an empty report.
     """
     plan = prepare(recipe, model=model, calibration=calibration, overrides=overrides)
     target = output or plan.recipe.output
@@ -60,20 +64,26 @@ def run(
     source = plan.original.path.resolve()
     if folder.final == source or folder.final in source.parents or source in folder.final.parents:
         raise OutputError(f"{target}: is the model's own folder, or lies inside or around it. Choose another --output")
-    folder.check(resume=resume, overwrite=overwrite)
+    companion = is_companion()
+    if not companion:
+        folder.check(resume=resume, overwrite=overwrite)
     device = device_named(device)
     if plan.original.truncated:
         raise ModelError("; ".join(plan.original.truncated))
-    tell = progress or (lambda *_: None)
+    tell, started = progress or (lambda *_: None), time.monotonic()
     tell("calibrate", 0.0, "reading text")
     texts = Texts.read(plan)
     if plan.recipe.calibrated and len(texts.windows.tokens) < plan.windows:
         plan = plan.with_windows(len(texts.windows.tokens))
+    if companion:
+        follow(plan, texts, folder.scratch)
+        return {}
     dtype = compute_dtype(plan.layers[0].dtype, plan.recipe.calibration.dtype, device)
     key = run_key(f"{dump(plan.recipe)}{dtype}", plan.original, texts.windows.hash)
     manifest = Manifest.begin(folder, key, len(plan.recipe.stages), resume=resume and folder.unfinished)
     plan = complete(plan, texts, folder.scratch, manifest, device, tell)
     job = Job.create(plan, folder, texts, manifest, device, tell)
+    job.started = started
     job.walk()
     job.finish()
     job.verify()

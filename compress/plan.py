@@ -266,8 +266,10 @@ def _plan(
         tensors = canonical(viewed.tensors, anatomy)
     shaper, after = recipe.shaper, viewed
     if shaper:
-        problems += lint.shape(recipe, shaper.problems(viewed, anatomy))
+        problems += lint.segment(recipe, shaper.problems(viewed, anatomy))
         after = viewed if problems else shaper.folder(viewed, anatomy)
+    if recipe.trainer:
+        problems += lint.segment(recipe, recipe.trainer.problems(anatomy))
     num_blocks = num_blocks_of(viewed.config, anatomy, tensors)
     candidates = assignment.candidates(anatomy, tensors, num_blocks)
     owner, reasons = assignment.assign(recipe, candidates, problems)
@@ -318,6 +320,8 @@ def _plan(
         notes.append(f"{anatomy.head} was tied to {anatomy.embedding}; rotated it has a weight of its own")
     if view and view.online:
         notes.append("inputs are rotated while the model runs: vLLM and compress.load do that, transformers does not")
+    if any(layer.compact for layer in layers):
+        notes.append("zeros are left out: compress.load reads that, transformers and engines take format dense")
     if recipe.cache:
         notes.append(recipe.cache.summary(folder.config, num_blocks))
     if ranks and form.packs:

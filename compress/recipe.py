@@ -27,6 +27,10 @@ Seed = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
 Limit = Annotated[float, Field(gt=0, description="a number above 0")]
 
 
+LEARNER = "qat"
+"""The quantizer whose grids are trained before the walk."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The tokens whose activations the stages see."""
@@ -100,26 +104,32 @@ class Recipe:
         return any(stage.two_streams for stage in self.walked)
 
     @property
-    def segments(self) -> range:
-        """The stages that are runs of their own, of one stage each, from an ordinary folder to another: they change the
-        model's shape, or train it. They come first. A recipe of one such stage is that run."""
-        alone = next((index for index, stage in enumerate(self.stages) if not is_segment(stage)), len(self.stages))
-        return range(0 if self.segment else alone)
+    def segments(self) -> list[int]:
+        """The stages that are runs of their own, of one stage each, from an ordinary folder to another.
+
+        They come first: those that change the model's shape or train it, and the training of a learner behind them.
+        """
+        behind = len(self.stages) - len(self.walked)
+        learner = [behind for stage in self.walked[:1] if stage.name == LEARNER]
+        return [*range(behind), *learner]
 
     @property
     def walked(self) -> tuple[Any, ...]:
-        """The stages behind all segments, which share one walk."""
-        return self.stages[len(self.segments) :]
+        """The stages that share one walk; of a segment, its only one."""
+        walked = self.stages
+        while walked and is_segment(walked[0]) and not self.segment:
+            walked = walked[1:]
+        return walked
 
     def only(self, index: int) -> Recipe:
         """The run of one segment: its result is an ordinary folder."""
-        path = ("stages", index)
+        stage, path = self.stages[index], ("stages", index)
         positions = {
             ("stages", 0, *key[2:]) if key[:2] == path else key: place for key, place in self.positions.items()
         }
         return dataclasses.replace(
             self,
-            stages=(self.stages[index],),
+            stages=(stage.trainer if stage.name == LEARNER else stage,),
             checkpoint=CheckpointOptions(format="dense"),
             gates=Gates(),
             positions=positions,
@@ -219,8 +229,9 @@ def describe(path: Path) -> str:
 
 def stage_table() -> dict[str, type]:
     """Every stage a recipe may name. Only this needs torch."""
+    from compress.distill import TRAINERS
     from compress.prune import PRUNERS
     from compress.quantize import ALLOCATORS, CACHES, CORRECTORS, METHODS
     from compress.transform import TRANSFORMS
 
-    return {**TRANSFORMS, **PRUNERS, **ALLOCATORS, **METHODS, **CORRECTORS, **CACHES}
+    return {**TRAINERS, **TRANSFORMS, **PRUNERS, **ALLOCATORS, **METHODS, **CORRECTORS, **CACHES}

@@ -28,6 +28,10 @@ bits of the quantizers behind it. A cache stage decides how the model keeps keys
 takes weights out, by making them zero; a shaper takes out what makes matrices smaller. A trainer learns."""
 
 
+LEARNED = "learned.safetensors"
+"""Beside the weights of a trained folder: what a quantizer finds there that learned its grids."""
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """What a stage did to one layer."""
@@ -136,6 +140,10 @@ class Trainer(Stage, Protocol):
     dataset: str | None
     """What is trained on; None: what is left of the calibration text."""
 
+    def problems(self, anatomy: Anatomy) -> list[str]:
+        """Why this model cannot be trained, a sentence each."""
+        ...
+
     def train(
         self,
         student: Path,
@@ -159,6 +167,11 @@ class Trained(Protocol):
     @property
     def state(self) -> dict[str, Tensor]:
         """Parameter name → value, float32; of tied ones the first."""
+        ...
+
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """What else a learner needs in the walk; it is kept beside the weights, in `LEARNED`."""
         ...
 
     @property

@@ -42,7 +42,10 @@ def plan_table(plan: dict[str, Any]) -> RenderableType:
         table.add_row(role, str(number), shape, action, scheme, group, size(before), size(after), reason)
     saved = plan["bytes_after"] / plan["bytes_before"]
     bits = f", {plan['bits_per_weight']:.2f} bits per quantized weight" if plan["bits_per_weight"] else ""
+    fewer = plan["parameters_after"] < plan["parameters_before"]
+    counted = f"{plan['parameters_before']:,} → {plan['parameters_after']:,}"
     totals = [
+        *([f"shape     {counted} parameters"] if fewer else []),
         f"weights   {size(plan['bytes_before'])} → {size(plan['bytes_after'])} ({saved:.0%}){bits}",
         f"memory    about {size(plan['peak_memory_bytes'])} at the peak",
         f"text      {plan['calibration_tokens']:,} calibration tokens",
@@ -58,8 +61,9 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
     for layer in found["layers"]:
         group = "" if layer["scheme"] is None else str(layer["group_size"] or "channel")
         shape = "×".join(map(str, layer["shape"]))
-        table.add_row(layer["name"], layer["scheme"] or layer["dtype"], group, shape, size(layer["bytes"]))
-    schemes = Counter(layer["scheme"] or "kept" for layer in found["layers"])
+        scheme = layer["scheme"] or " ".join(filter(None, (layer["dtype"], layer["sparsity"])))
+        table.add_row(layer["name"], scheme, group, shape, size(layer["bytes"]))
+    schemes = Counter(layer["scheme"] or layer["sparsity"] or "kept" for layer in found["layers"])
     told = ", ".join(f"{count} {scheme}" for scheme, count in schemes.items())
     bits = f", {found['bits_per_weight']:.2f} bits per quantized weight" if found["bits_per_weight"] else ""
     keys_and_values = found["kv_cache"]

@@ -3,11 +3,11 @@
 
     scripts/compare_peer.py PEER --peer-python PEER/bin/python --model DIR --calibration FILE --test FILE
 
-PEER is llm-compressor, gptqmodel or auto-round, which runs in an environment of its own. Each quantization is a process
-on one thread, and both toolkits see the very same windows of tokens. Every resulting folder is then loaded by
-transformers with compressed-tensors, not by its maker, and scored against the original in float32. Seconds are the CPU
-time of calibrating and quantizing, memory is the peak above the imports. The table replaces what the results file has
-between the two marks of this peer. Linux only.
+PEER is llm-compressor (llm-compressor-sparse for its pruners), gptqmodel or auto-round, which runs in an environment of
+its own. Each compression is a process on one thread, and both toolkits see the very same windows of tokens. Every
+resulting folder is then loaded by transformers with compressed-tensors, not by its maker, and scored against the
+original in float32. Seconds are the CPU time of calibrating and compressing, memory is the peak above the imports. The
+table replaces what the results file has between the two marks of this peer. Linux only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
@@ -59,8 +59,13 @@ class Cell:
         return f"{self.method.upper()}, {self.bits} bits in groups of {self.group_size}, {kind}{self.words}"
 
     @property
+    def recipe(self) -> str:
+        """The netsuke recipe that does it."""
+        return f"w4a16-{self.method}"
+
+    @property
     def overrides(self) -> list[str]:
-        """The cell as settings of a netsuke recipe."""
+        """The cell as settings of that recipe."""
         fields = (
             f"scheme=w{self.bits}a16",
             f"group_size={self.group_size}",
@@ -70,18 +75,44 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class SparseCell:
+    """A pruner and a pattern of zeros that both toolkits are asked for."""
+
+    method: str
+    pattern: str
+    """A share of zeros, or N:M."""
+    only_ours: tuple[str, ...] = ()
+    words: str = ""
+    alone: bool = False
+    recipe: ClassVar[str] = "sparse-2of4"
+
+    @property
+    def title(self) -> str:
+        return f"{self.method}, {self.pattern}{self.words}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """The cell as settings of the recipe."""
+        pattern = [f'pattern="{self.pattern}"'] if ":" in self.pattern else ["pattern=null", f"sparsity={self.pattern}"]
+        fields = (*pattern, f"method={self.method}", *self.only_ours)
+        return [*(f"sparsify.{field}" for field in fields), "checkpoint.format=dense"]
+
+
+@dataclass(frozen=True)
 class Peer:
     """Another toolkit."""
 
+    name: str
     module: str
     script: Path
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell | SparseCell, ...]
     words: str
     """How it was used."""
 
 
 PEERS = {
     "llm-compressor": Peer(
+        "llm-compressor",
         "llmcompressor",
         SCRIPTS / "quantize_with_llmcompressor.py",
         (
@@ -94,7 +125,20 @@ PEERS = {
         ),
         "which is also how it stores scales and whatever it does not quantize, and has its defaults otherwise",
     ),
+    "llm-compressor-sparse": Peer(
+        "llm-compressor",
+        "llmcompressor",
+        SCRIPTS / "quantize_with_llmcompressor.py",
+        tuple(
+            SparseCell(method, pattern, *extra)
+            for pattern in ("2:4", "0.5")
+            for method in ("sparsegpt", "wanda")
+            for extra in ((), (("refit=false",), ", without refit", True))
+        ),
+        "which is also how it stores weights, and has its defaults otherwise; it does not refit",
+    ),
     "gptqmodel": Peer(
+        "gptqmodel",
         "gptqmodel",
         SCRIPTS / "quantize_with_gptqmodel.py",
         (
@@ -104,6 +148,7 @@ PEERS = {
         "and has its defaults otherwise; it is scored with its own rounded weights",
     ),
     "auto-round": Peer(
+        "auto-round",
         "auto_round",
         SCRIPTS / "quantize_with_autoround.py",
         (
@@ -119,7 +164,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One quantization: a row of the table."""
+    """One compression: a row of the table."""
 
     title: str
     toolkit: str
@@ -128,7 +173,7 @@ class Job:
     request: dict[str, Any]
 
     def run(self, output: Path) -> dict[str, Any]:
-        """Quantizes into `output`; returns what it cost."""
+        """Compresses into `output`; returns what it cost."""
         request = json.dumps(self.request | {"output": str(output)})
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent)}
         if self.toolkit != "netsuke":
@@ -188,12 +233,12 @@ def jobs(options: argparse.Namespace, windows: Windows, work: Path) -> Iterator[
     calibration = [f"calibration.{name}={value}" for name, value in data.items()]
     common = {"model": str(options.model.resolve()), "calibration": str(options.calibration.resolve())}
     for cell in (cell for cell in peer.cells if options.only in cell.title):
-        request = common | {"recipe": f"w4a16-{cell.method}", "overrides": cell.overrides + calibration}
+        request = common | {"recipe": cell.recipe, "overrides": cell.overrides + calibration}
         yield Job(cell.title, "netsuke", sys.executable, ours, request)
         if cell.alone:
             continue
         request = common | vars(cell) | {"windows": str(tokens), "dtype": options.peer_dtype}
-        yield Job(cell.title, options.peer, options.peer_python, peer.script, request)
+        yield Job(cell.title, peer.name, options.peer_python, peer.script, request)
 
 
 def measure(
@@ -228,7 +273,7 @@ def preamble(options: argparse.Namespace, windows: Windows) -> str:
     return (
         f"`{options.model.name}`, calibrated on the same {count} × {length} tokens of "
         f"`{options.calibration.name}`, scored on `{options.test.name}` against the original. "
-        f"{options.peer} {release} (torch {peer_torch}) loads the model in {options.peer_dtype}, {peer.words}. Its "
+        f"{peer.name} {release} (torch {peer_torch}) loads the model in {options.peer_dtype}, {peer.words}. Its "
         f"saving is not timed, netsuke's is. netsuke runs on torch {torch.__version__}. One thread each; ± is one "
         f"standard error; {f'the first {options.limit}' if options.limit else 'all'} windows are scored.\n\n"
         f"`scripts/compare_peer.py {options.peer} --peer-python PEER/bin/python --peer-dtype {options.peer_dtype} "

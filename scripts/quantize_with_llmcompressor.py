@@ -1,4 +1,4 @@
-"""One quantization by llm-compressor, for compare_peer.py; runs in llm-compressor's own environment.
+"""One quantization or pruning by llm-compressor, for compare_peer.py; runs in llm-compressor's own environment.
 
 Takes one job as JSON on the command line, prints what it cost as JSON in the last line of standard output.
 """
@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,23 +33,30 @@ torch.set_num_threads(1)
 windows = json.loads(Path(job["windows"]).read_text(encoding="utf-8"))
 dataset = Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(row) for row in windows]})
 model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
-weights = {
-    "num_bits": job["bits"],
-    "type": "int",
-    "symmetric": job["symmetric"],
-    "strategy": "group",
-    "group_size": job["group_size"],
-}
-modifier, pipeline = {
-    "gptq": (GPTQModifier, "sequential"),
-    "rtn": (QuantizationModifier, "datafree"),
-}[job["method"]]
+if "pattern" in job:
+    pruner = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[job["method"]]
+    kept, _, of = job["pattern"].partition(":")
+    shape = {"sparsity": 1 - int(kept) / int(of), "mask_structure": job["pattern"]} if of else {"sparsity": float(kept)}
+    modifier, pipeline = pruner(targets=["Linear"], ignore=["re:.*lm_head"], **shape), "sequential"
+else:
+    weights = {
+        "num_bits": job["bits"],
+        "type": "int",
+        "symmetric": job["symmetric"],
+        "strategy": "group",
+        "group_size": job["group_size"],
+    }
+    quantizer, pipeline = {
+        "gptq": (GPTQModifier, "sequential"),
+        "rtn": (QuantizationModifier, "datafree"),
+    }[job["method"]]
+    modifier = quantizer(config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
 
 start = time.process_time()
 oneshot(
     model=model,
     dataset=dataset,
-    recipe=modifier(config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]),
+    recipe=modifier,
     max_seq_length=len(windows[0]),
     num_calibration_samples=len(windows),
     pipeline=pipeline,

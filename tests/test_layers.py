@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 EVERYWHERE = "errors"
 PART_OF_FILE = {
-    "assignment": "plan", "decisions": "pipeline", "draft": "recipe", "footprint": "plan", "job": "pipeline",
+    "assignment": "plan", "convert": "pipeline", "decisions": "pipeline", "draft": "recipe", "footprint": "plan", "job": "pipeline",
     "layers": "plan", "lint": "plan", "segments": "pipeline", "texts": "pipeline", "units": "plan",
 }  # fmt: skip
 """Files that belong to a part by another name."""

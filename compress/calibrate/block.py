@@ -99,6 +99,12 @@ class Block:
             weight += A.float() @ B.float()
         return weight
 
+    def vector(self, tensor: str) -> Tensor:
+        """A bias, or the weight of a norm, by its full name, in float32."""
+        if tensor in self.rewritten:
+            return self.rewritten[tensor].clone()
+        return self.model.weights.read(tensor).to(self.model.device, torch.float32)
+
     def has_bias(self, name: str) -> bool:
         return f"{name}.bias" in self.model.weights
 
@@ -160,15 +166,17 @@ class Block:
         self.compensated[name] = A.bfloat16().contiguous(), B.bfloat16().contiguous()
         self._set_approximation(name)
 
-    def rewrite(self, name: str, weight: Float[Tensor, "out in"]) -> None:
-        """Replace a layer's weight by another full-precision one."""
+    def rewrite(self, name: str, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None) -> None:
+        """Replace a layer's weight, and its bias if one is given, by full-precision ones; of another shape if need be."""
         self.rewritten[f"{name}.weight"] = weight
+        if bias is not None:
+            self._rewrite_vector(f"{name}.bias", bias)
         self._set_weight(name, weight.to(self.model.dtype))
 
     def shift_bias(self, name: str, shift: Float[Tensor, " out"]) -> None:
         """Add to a layer's bias."""
         bias = f"{name}.bias"
-        self._rewrite_vector(bias, (self._vector(bias) + shift).to(self.model.weights.dtype(bias)).float())
+        self._rewrite_vector(bias, (self.vector(bias) + shift).to(self.model.weights.dtype(bias)).float())
         self._changed(name)
 
     def tie(self, site: BlockSite, scale: Float[Tensor, "in"]) -> Float[Tensor, "in"]:
@@ -192,9 +200,8 @@ class Block:
             return self._fold_norm(site.source, scale)
         repeats, head_dim = self._repeats(site, scale.numel())
         rows = scale.view(-1, repeats, head_dim)[:, 0].reshape(-1)
-        self.rewrite(site.source, self.weight(site.source) / rows.unsqueeze(1))
-        if f"{site.source}.bias" in self.model.weights:
-            self._rewrite_vector(f"{site.source}.bias", self._vector(f"{site.source}.bias") / rows)
+        bias = self.vector(f"{site.source}.bias") / rows if self.has_bias(site.source) else None
+        self.rewrite(site.source, self.weight(site.source) / rows.unsqueeze(1), bias)
         return scale
 
     # ---- what the walk does -----------------------------------------------------------------------------------
@@ -359,19 +366,14 @@ class Block:
 
     def _fold_norm(self, name: str, scale: Tensor) -> Tensor:
         offset = self.model.anatomy.norm_offset
-        before = self._vector(f"{name}.weight")
+        before = self.vector(f"{name}.weight")
         dtype = self.model.weights.dtype(f"{name}.weight")
         after = ((before + offset) / scale - offset).to(dtype).float()
         self._rewrite_vector(f"{name}.weight", after)
         stored = torch.where(after + offset != 0, (before + offset) / (after + offset), scale)
         if f"{name}.bias" in self.model.weights:
-            self._rewrite_vector(f"{name}.bias", self._vector(f"{name}.bias") / stored)
+            self._rewrite_vector(f"{name}.bias", self.vector(f"{name}.bias") / stored)
         return stored
-
-    def _vector(self, tensor: str) -> Tensor:
-        if tensor in self.rewritten:
-            return self.rewritten[tensor].clone()
-        return self.model.weights.read(tensor).to(self.model.device, torch.float32)
 
     def _rewrite_vector(self, tensor: str, value: Tensor) -> None:
         self.rewritten[tensor] = value

@@ -14,17 +14,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compress.checkpoint.awq import AWQFormat
 from compress.checkpoint.bitsandbytes import BitsAndBytes
 from compress.checkpoint.compressed_tensors import CompressedTensors, Compression
 from compress.checkpoint.dense import Dense
+from compress.checkpoint.gptq import GPTQFormat
 from compress.checkpoint.layouts import Entries
+from compress.checkpoint.sparse_24 import Sparse24, is_sparse
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid, Scheme
 from compress.errors import ModelError
 from compress.models.headers import TensorHeader
 
 __all__ = [
-    "FORMATS", "READERS", "BitsAndBytes", "CompressedTensors", "Dense", "Format", "Options", "format_for", "format_of",
+    "FORMATS", "READERS", "AWQFormat", "BitsAndBytes", "CompressedTensors", "Dense", "Format",
+    "GPTQFormat", "Options", "Sparse24", "format_for", "format_of",
 ]  # fmt: skip
 
 
@@ -92,12 +96,21 @@ class Options(Protocol):
 
 FORMATS: dict[str, Callable[[Options], Format]] = {
     "compressed-tensors": lambda options: CompressedTensors(options.compression),
+    "gptq": lambda options: GPTQFormat(1),
+    "gptq_v2": lambda options: GPTQFormat(2),
+    "awq": lambda options: AWQFormat(),
     "bitsandbytes": lambda options: BitsAndBytes(),
     "dense": lambda options: Dense(),
+    "sparse-24-bitmask": lambda options: Sparse24(),
 }
 
-READERS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "bitsandbytes": BitsAndBytes()}
-"""By the `quant_method` of a `quantization_config`."""
+READERS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
+    "compressed-tensors": lambda config: CompressedTensors(),
+    "gptq": lambda config: GPTQFormat(2 if config.get("checkpoint_format") == "gptq_v2" else 1),
+    "awq": lambda config: AWQFormat(),
+    "bitsandbytes": lambda config: BitsAndBytes(),
+}
+"""By the `quant_method` of a `quantization_config`, which they are given."""
 
 
 def format_for(options: Options) -> Format:
@@ -109,10 +122,13 @@ def format_of(config: Mapping[str, Any]) -> Format:
     """The format of a folder with this config.json. Raises ModelError where there is no reader for it."""
     if "quantization_config" not in config:
         return Dense()
-    method = (config["quantization_config"] or {}).get("quant_method")
+    quantization = config["quantization_config"] or {}
+    if is_sparse(quantization):
+        return Sparse24()
+    method = quantization.get("quant_method")
     if method not in READERS:
         raise ModelError(
             f"config.json: quant_method {method!r} cannot be read, only {', '.join(READERS)}. "
             "Start from a checkpoint in that format, or from the original model"
         )
-    return READERS[method]
+    return READERS[method](quantization)

@@ -1,4 +1,4 @@
-"""The weights of a quantized folder, dequantized one layer at a time.
+"""The weights of a compressed folder, dequantized, or given their zeros back, one layer at a time.
 
 It reads like any other folder, so whatever streams an ordinary model streams a compressed one: verification and
 scoring work on the files that ship, with no second code path and never more than a block in memory. What the folder's
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.checkpoint import Format, format_of
+from compress.checkpoint import Format, format_of, sparse_24
 from compress.checkpoint.adapter import open_adapter
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Scheme
@@ -29,22 +29,29 @@ class QuantizedWeights(Weights):
         self.format: Format = format_of(folder.config)
         config = folder.config["quantization_config"]
         self.schemes: dict[str, Scheme] = self.format.schemes(config, self.tensors)
+        self.sparse = sparse_24.sparse_layers(self.tensors) if self.format.name == sparse_24.NAME else frozenset()
+        """Layers whose zeros are not in the files."""
         linear = [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
         self.online = self.format.rotated_inputs(config, [*self.schemes, *linear])
         self.adapter = open_adapter(folder.path)
         self._check_adapter()
 
     def __contains__(self, name: str) -> bool:
-        return name.removesuffix(".weight") in self.schemes or super().__contains__(name)
+        layer = name.removesuffix(".weight")
+        return layer in self.schemes or layer in self.sparse or super().__contains__(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         layer = name.removesuffix(".weight")
+        if layer in self.sparse:
+            return sparse_24.shape(layer, self.tensors)
         if layer not in self.schemes:
             return super().shape(name)
         return self.format.shape(layer, self.tensors, self.schemes[layer].weights)
 
     def read(self, name: str) -> Tensor:
         layer = name.removesuffix(".weight")
+        if layer in self.sparse:
+            return sparse_24.decode(layer, self._stored(layer))
         if layer not in self.schemes:
             return super().read(name)
         weight = self.quantized(layer).dequantize(torch.float32)
@@ -55,8 +62,7 @@ class QuantizedWeights(Weights):
 
     def quantized(self, layer: str) -> QuantizedTensor:
         """One layer's codes, scales and zero points."""
-        stored = {name: read_tensor(header) for name, header in self.tensors.items() if name.startswith(f"{layer}.")}
-        return self.format.decode(layer, stored, self.schemes[layer].weights)
+        return self.format.decode(layer, self._stored(layer), self.schemes[layer].weights)
 
     def input_scale(self, layer: str) -> Tensor | None:
         """The scale of one layer's inputs, where calibration fixed one."""
@@ -64,6 +70,9 @@ class QuantizedWeights(Weights):
             name: read_tensor(header) for name, header in self.tensors.items() if name.startswith(f"{layer}.input")
         }
         return self.format.input_scale(layer, stored, self.schemes[layer])
+
+    def _stored(self, layer: str) -> dict[str, Tensor]:
+        return {name: read_tensor(header) for name, header in self.tensors.items() if name.startswith(f"{layer}.")}
 
     def _check_adapter(self) -> None:
         """Raises ModelError for a product that cannot be added to a layer stored quantized here."""

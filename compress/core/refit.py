@@ -11,11 +11,12 @@ did not see keep their weights. It pays after every method that chooses a mask, 
 weights.
 
 Narrow layers are solved exactly, with one Cholesky factorisation per channel, many at a time: rows · |S|³ / 3. From
-WIDTH inputs on, all channels run conjugate gradients together, preconditioned by the diagonal, which costs
-2 · rows · in² a step. They start from weights on the mask and lower the objective with every step. A residual of
-TOLERANCE leaves an excess error of at most TOLERANCE² · cond(H + λI) of the output's energy, the condition number being
-below 1 + in / damping; for power-law spectra of 512 to 2048 inputs the error agrees to six digits, after 10 to 200
-steps in float64 and up to 400 in float32.
+WIDTH inputs on, all channels run conjugate gradients together, on inputs scaled to unit energy, which costs
+2 · rows · in² a step. They start from weights on the mask and lower the objective with every step; a channel that has
+arrived leaves. Steps are taken in float32, and what is still missing is then found and made up for in the dtype of H.
+A residual of TOLERANCE leaves an excess error of at most TOLERANCE² · cond of the output's energy, cond being that of
+the scaled H + λI. On pocket-llama-13m, of 384 and 1024 inputs, it is 3e-8 to 2e-6 of the error itself, where rounding
+the weights to bfloat16 costs 5e-5 to 4e-4; that takes 35 to 110 steps.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from compress.core.sparsity import Pruned, require_finite
 
 WIDTH = 256
 """Inputs from which conjugate gradients take over."""
+CROWD = 0.8
+"""The share of channels still on their way below which the others are dropped, which takes a copy."""
 TOLERANCE = 1e-5
 """What they leave of the residual, relative to the right-hand side, at most; in every channel."""
 STEPS = 500
@@ -105,28 +108,41 @@ def _conjugate_gradients(
     A: Float[Tensor, "in in"], B: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], start: Float[Tensor, "out in"]
 ) -> tuple[Float[Tensor, "out in"], float]:
     """The same from `start`, and the largest relative residual that is left of a row."""
-    parts, left = [], 0.0
-    inverse = A.diagonal().reciprocal()
-    size = max(1, SOLVED // len(A))
-    for b, kept, begin in zip(B.split(size), mask.split(size), start.split(size), strict=True):
-        X = begin.clone()
-        R = (b - X @ A).mul_(kept)
-        goal = TOLERANCE * (b * kept).norm(dim=1)
-        P = R * inverse
-        slope = (R * P).sum(dim=1, keepdim=True)
-        for _ in range(STEPS):
-            if (R.norm(dim=1) <= goal).all():
-                break
-            AP = (P @ A).mul_(kept)
-            step = (slope / (P * AP).sum(dim=1, keepdim=True)).nan_to_num(nan=0, posinf=0)
-            X.addcmul_(step, P)
-            R.addcmul_(step, AP, value=-1)
-            Z = R * inverse
-            before, slope = slope, (R * Z).sum(dim=1, keepdim=True)
-            P.mul_((slope / before).nan_to_num(nan=0, posinf=0)).add_(Z)
-        parts.append(X)
-        left = max(left, float((TOLERANCE * R.norm(dim=1) / goal).nan_to_num(nan=0).max()))
-    return torch.cat(parts), left
+    scale = A.diagonal().sqrt()
+    A, B, X = A / scale / scale.unsqueeze(1), B / scale, start * scale
+    goal = (TOLERANCE * (B * mask).norm(dim=1, keepdim=True)).square()
+    left = torch.zeros_like(goal)
+    for rows in torch.arange(len(B), device=B.device).split(max(1, SOLVED // len(A))):
+        for metric in (A.float(), A):
+            missing = (B[rows] - X[rows] @ A).mul_(mask[rows])
+            step, rest = _descend(metric, *(each.to(metric.dtype) for each in (missing, mask[rows], goal[rows])))
+            X[rows] += step
+        left[rows] = rest
+    return X / scale, TOLERANCE * float((left / goal).nan_to_num(nan=0).max().sqrt())
+
+
+def _descend(
+    A: Float[Tensor, "in in"], R: Float[Tensor, "out in"], mask: Float[Tensor, "out in"], goal: Float[Tensor, "out 1"]
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out 1"]]:
+    """What to add to weights of the residual `R` so that its square falls to `goal`, and that which is left of it."""
+    found, left = torch.zeros_like(R), R.square().sum(dim=1, keepdim=True)
+    rows = torch.arange(len(R), device=R.device)
+    X, P, slope = found.clone(), R.clone(), left.clone()
+    for _ in range(STEPS):
+        going = (slope > goal).squeeze(1)
+        if (count := int(going.sum())) < CROWD * len(R):
+            found[rows], left[rows] = X, slope
+            rows, X, R, P, slope, mask, goal = (each[going] for each in (rows, X, R, P, slope, mask, goal))
+        if not count:
+            break
+        AP = (P @ A).mul_(mask)
+        step = (slope / (P * AP).sum(dim=1, keepdim=True)).nan_to_num(nan=0, posinf=0)
+        X.addcmul_(step, P)
+        R = R.addcmul(step, AP, value=-1)
+        before, slope = slope, R.square().sum(dim=1, keepdim=True)
+        P.mul_((slope / before).nan_to_num(nan=0, posinf=0)).add_(R)
+    found[rows], left[rows] = X, slope
+    return found, left
 
 
 def _objective(

@@ -53,6 +53,10 @@ class Anatomy:
     """A norm multiplies by `norm_offset + weight` (1 in Gemma)."""
     transposed: bool = False
     """Linear weights are stored [in, out] (GPT-2's Conv1D)."""
+    ffn_size: str = ""
+    """The config key of how many channels an MLP has inside; empty: not known, so they cannot be made fewer."""
+    fixed_heads: str = "nobody has described its heads"
+    """Why heads cannot be made fewer. Empty: config.json has `head_dim`, and a head is a run of rows of q, k and v."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Modules whose tensors are stored under another name: stored name → module path (GPT-NeoX's head)."""
     conclusions: tuple[str, ...] = field(default=(), compare=False)

@@ -28,4 +28,6 @@ BERT = Anatomy(
     after=("bert.pooler", "cls", "classifier", "qa_outputs"),
     head=None,
     embedding="bert.embeddings.word_embeddings",
+    ffn_size="intermediate_size",
+    fixed_heads="its config cannot say how many channels a head has",
 )

@@ -17,4 +17,6 @@ GPT2 = Anatomy(
     after=("transformer.ln_f",),
     embedding="transformer.wte",
     transposed=True,
+    ffn_size="n_inner",
+    fixed_heads="queries, keys and values are one matrix",
 )

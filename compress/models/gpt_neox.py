@@ -22,5 +22,7 @@ GPT_NEOX = Anatomy(
     before=("gpt_neox.embed_in",),
     after=("gpt_neox.final_layer_norm",),
     embedding="gpt_neox.embed_in",
+    ffn_size="intermediate_size",
+    fixed_heads="queries, keys and values are one matrix",
     renamed={"embed_out": "lm_head"},
 )

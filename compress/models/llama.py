@@ -32,4 +32,6 @@ LLAMA = Anatomy(
     before=("model.embed_tokens",),
     after=("model.norm",),
     embedding="model.embed_tokens",
+    ffn_size="intermediate_size",
+    fixed_heads="",
 )

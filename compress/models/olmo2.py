@@ -16,4 +16,5 @@ OLMO2 = replace(
     LLAMA,
     family="olmo2",
     sites=(replace(_attention_in, source=None), _attention_out, replace(_mlp_in, source=None), _mlp_out),
+    fixed_heads="a norm takes all heads together",
 )

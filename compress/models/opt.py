@@ -24,6 +24,8 @@ OPT = Anatomy(
         Site(roles={"fc1": "mlp.up"}, source="final_layer_norm", requires=("do_layer_norm_before", True)),
         Site(roles={"fc2": "mlp.down"}, source="fc1", requires=("activation_function", "relu")),
     ),
+    ffn_size="ffn_dim",
+    fixed_heads="its config cannot say how many channels a head has",
     before=("model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.project_in"),
     after=("model.decoder.final_layer_norm", "model.decoder.project_out"),
     embedding="model.decoder.embed_tokens",

@@ -14,6 +14,7 @@ from compress.models.llama import LLAMA
 PHI3 = replace(
     LLAMA,
     family="phi3",
+    fixed_heads="queries, keys and values are one matrix",
     sites=(
         Site(roles={"self_attn.qkv_proj": "attn.qkv"}, source="input_layernorm"),
         Site(roles={"self_attn.o_proj": "attn.o"}),

@@ -130,7 +130,10 @@ class LazyModel:
 
     def set_parameter(self, name: str, tensor: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
-        self.module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        module = self.module.get_submodule(owner)
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        if leaf == "weight" and hasattr(module, "nf"):
+            module.nf = tensor.shape[1]  # which a Conv1D goes by
 
     def round_inputs(self, name: str, grid: Grid, scale: Tensor | None = None) -> RemovableHandle:
         """From now on a layer's inputs are rounded to a grid before it sees them, until the handle is removed."""

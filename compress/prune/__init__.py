@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from compress.prune.depth import Depth
+from compress.prune.hidden import Hidden
+from compress.prune.merge_heads import MergeHeads
 from compress.prune.sparsify import Sparsify
 
-PRUNERS = {Sparsify.name: Sparsify}
+PRUNERS = {Depth.name: Depth, Hidden.name: Hidden, MergeHeads.name: MergeHeads, Sparsify.name: Sparsify}

@@ -21,26 +21,25 @@ Where we go beyond the paper, each step measured on trained weights:
 
 Float grids (FP8, NVFP4, MXFP4, NF4) go through the same loop, with scales chosen beforehand and not revisited.
 
+Weights that are exactly zero stay zero: a pruned layer keeps its pattern, whoever pruned it.
+
 Inputs that never fired have an undefined column in H; they are made independent of all others, so their weights are
 rounded to nearest. Should H defy Cholesky under all damping, so are all weights, and the result says so.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from compress.core import ranges
-from compress.core.inputs import nearest_level
+from compress.core.columns import Feedback, round_float, round_integer
 from compress.core.linalg import NotPositiveDefinite, dead_columns, inverse_cholesky, pivot_order
 from compress.core.metrics import relative_error
-from compress.core.normal_float import codes_of
 from compress.core.qtensor import QuantizedTensor
 from compress.core.ranges import Range
 from compress.core.scheme import Grid, GroupSize, Scheme, parse_scheme
@@ -93,6 +92,7 @@ def gptq(
 
     With the moments `cross` of the original model's inputs with these, the output to reproduce is that of the original:
     by the closed form, or by GPTAQ or Qronos in the loop and the closed form in the refinement; `share` of the way.
+    Weights that are zero stay zero.
 
     The column loop runs in float32, the factorisation in the dtype of `hessian` (float64 wanted). `block_size`: columns
     between two updates of all later columns, which changes the speed only. `sweeps` of refinement, 0 for plain GPTQ.
@@ -116,7 +116,7 @@ def gptq(
         order = _order(hessian, grid, act_order, damping)
         upper, used = inverse_cholesky(hessian, damping, order)
     except NotPositiveDefinite as error:
-        nearest = rtn(goal, grid, scale_dtype=scale_dtype, range=range, importance=importance)
+        nearest = rtn(weight, grid, scale_dtype=scale_dtype, range=range, importance=importance)
         return GPTQResult(nearest, damping, f"round to nearest, because {error}", num_dead, moved)
     start, pull = goal, None
     if cross is not None and target == "gptaq":
@@ -124,23 +124,34 @@ def gptq(
     elif cross is not None and target == "qronos":
         start = qronos(weight.float(), goal, observed, cross, upper, order, share=share)
     upper = upper.div_(upper.diagonal().unsqueeze(1).clone()).float()
+    feedback = Feedback(order, upper, pull, block_size)
+    del upper, pull
     size = max(1, SLICE // weight.shape[1])
-    static = act_order == "static"
+    zeros = [_zeros(rows) for rows in weight.split(size)]
     if grid.kind != "int":
         nearest = rtn(goal, grid, scale_dtype=scale_dtype, range=range, importance=importance)
-        steps = zip(start.split(size), nearest.step.split(size), strict=True)
-        codes = [_solve_float(rows, upper, pull, order, grid, step, block_size) for rows, step in steps]
+        slices = zip(start.split(size), zeros, nearest.step.split(size), strict=True)
+        codes = [round_float(rows, at, feedback, grid, step) for rows, at, step in slices]
         return GPTQResult(replace(nearest, codes=torch.cat(codes)), used, None, num_dead, moved)
+    static = act_order == "static"
     parts = [
-        _solve(rows, upper, pull, order, grid, scale_dtype, range, importance, static, block_size)
-        for rows in start.split(size)
+        round_integer(rows, at, feedback, grid, scale_dtype, range, importance, static)
+        for rows, at in zip(start.split(size), zeros, strict=True)
     ]
-    del upper, pull
+    del feedback
     if sweeps:
         metric = hessian.float()
-        slices = zip(goal.split(size), parts, strict=True)
-        parts = [refine(rows, part, metric, damping=used, sweeps=sweeps) for rows, part in slices]
+        parts = [
+            refine(rows, part, metric, zeros=at, damping=used, sweeps=sweeps)
+            for rows, part, at in zip(goal.split(size), parts, zeros, strict=True)
+        ]
     return GPTQResult(_stack(parts), used, None, num_dead, moved)
+
+
+def _zeros(weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"] | None:
+    """Where a weight is exactly zero; None where none is."""
+    zeros = weight == 0
+    return zeros if zeros.any() else None
 
 
 def _order(hessian: Tensor, grid: Grid, act_order: ActOrder, damping: float) -> Int[Tensor, "in"]:
@@ -153,109 +164,6 @@ def _order(hessian: Tensor, grid: Grid, act_order: ActOrder, damping: float) -> 
     energy = hessian.diagonal().view(grid.num_groups(len(hessian)), -1)
     within = columns.view_as(energy).gather(1, energy.argsort(dim=1, descending=True, stable=True))
     return within[energy.amax(dim=1).argsort(descending=True, stable=True)].flatten()
-
-
-def _solve(
-    weight: Float[Tensor, "out in"],
-    upper: Float[Tensor, "in in"],
-    pull: Float[Tensor, "in in"] | None,
-    order: Int[Tensor, "in"],
-    grid: Grid,
-    dtype: torch.dtype,
-    rule: Range,
-    importance: Float[Tensor, "in"],
-    static: bool,
-    block_size: int,
-) -> QuantizedTensor:
-    """The weight on an integer grid.
-
-    Not `static`: a group's range is chosen anew from its updated weights when its turn comes.
-    """
-    rows, columns = weight.shape
-    size = columns // grid.num_groups(columns)
-    scale, zero = ranges.choose(weight, grid, dtype, rule, importance)
-    S = scale.float().T.contiguous()
-    Z = torch.zeros_like(S) if zero is None else zero.float().T.contiguous()
-    alone = Grid(grid.bits, grid.symmetric)
-    group_of = (order // size).tolist()
-    limits: list[tuple[Tensor, Tensor]] = []
-
-    def begin(W: Tensor, a: int) -> None:
-        if not static and a % size == 0:
-            fresh, offset = ranges.choose(W[a : a + size].T, alone, dtype, rule, importance[order[a : a + size]])
-            S[group_of[a]] = fresh.squeeze(1)
-            if offset is not None:
-                Z[group_of[a]] = offset.squeeze(1)
-        if a == 0 or not static:
-            limits[:] = zip((grid.qmin - Z).unbind(), (grid.qmax - Z).unbind(), strict=True)
-
-    def place(w: Tensor, g: int, level: Tensor) -> None:
-        torch.div(w, S[g], out=level).round_().clamp_(*limits[g])
-
-    block = block_size if static else math.gcd(block_size, size)
-    levels = _round_columns(weight.T[order], upper, pull, group_of, S, block, place, begin)
-    codes = levels[order.argsort()].view(-1, size, rows).add_(Z.unsqueeze(1)).view(columns, rows)
-    zero_point = None if zero is None else Z.T.to(torch.int8).contiguous()
-    return QuantizedTensor(codes.T.to(torch.int8).contiguous(), S.T.to(dtype).contiguous(), zero_point, grid)
-
-
-def _solve_float(
-    weight: Float[Tensor, "out in"],
-    upper: Float[Tensor, "in in"],
-    pull: Float[Tensor, "in in"] | None,
-    order: Int[Tensor, "in"],
-    grid: Grid,
-    step: Float[Tensor, "out groups"],
-    block_size: int,
-) -> Shaped[Tensor, "out in"]:
-    """The codes on a float grid, whose scales stay as they are."""
-    S = step.T.contiguous()
-    group_of = (order // (len(order) // len(S))).tolist()
-
-    def place(w: Tensor, g: int, level: Tensor) -> None:
-        level.copy_(nearest_level(w / S[g], grid))
-
-    levels = _round_columns(weight.T[order], upper, pull, group_of, S, block_size, place)
-    levels = levels[order.argsort()].T.contiguous()
-    return codes_of(levels) if grid.kind == "normal" else levels.to(torch.float8_e4m3fn)
-
-
-def _round_columns(
-    W: Float[Tensor, "in out"],
-    upper: Float[Tensor, "in in"],
-    pull: Float[Tensor, "in in"] | None,
-    group_of: Sequence[int],
-    S: Float[Tensor, "groups out"],
-    block: int,
-    place: Callable[[Tensor, int, Tensor], None],
-    begin: Callable[[Tensor, int], None] = lambda W, a: None,
-) -> Float[Tensor, "in out"]:
-    """The column loop: the level of every weight, which are codes with their zero point subtracted.
-
-    `W` is the weight transposed, so that a column is contiguous, its columns in the order they are rounded in; it is
-    written to, and a column stays as it was when it was rounded. `upper`: U with its rows divided by U_jj, so that
-    errors need no division. `pull`: of GPTAQ. `place(w, g, level)` rounds a column of group g; `begin(W, a)` is called
-    before the block of columns from `a` on.
-    """
-    columns, rows = W.shape
-    levels = torch.empty_like(W)
-    errors = torch.empty(min(block, columns), rows, device=W.device)
-    for a in range(0, columns, block):
-        b = min(a + block, columns)
-        begin(W, a)
-        feedback = upper[a:b, a:].T.contiguous()
-        drawn = None if pull is None else pull[a:b, a:].T.contiguous()
-        for k, (w, level, g) in enumerate(zip(W[a:b], levels[a:b], group_of[a:b], strict=True)):
-            if k:
-                w.addmv_(errors[:k].T, feedback[k, :k], alpha=-1)
-                if drawn is not None:
-                    w.addmv_(W[a : a + k].T, drawn[k, :k])
-            place(w, g, level)
-            torch.addcmul(w, level, S[g], value=-1, out=errors[k])
-        W[b:].addmm_(feedback[b - a :], errors[: b - a], alpha=-1)
-        if drawn is not None:
-            W[b:].addmm_(drawn[b - a :], W[a:b])
-    return levels
 
 
 def _stack(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:

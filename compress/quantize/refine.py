@@ -16,7 +16,7 @@ calibration set. The descent over codes is QuantEase (arXiv 2309.01885); the one
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from compress.core.affine import storable
@@ -31,12 +31,14 @@ def refine(
     tensor: QuantizedTensor,
     hessian: Float[Tensor, "in in"],
     *,
+    zeros: Bool[Tensor, "out in"] | None = None,
     damping: float = 0.01,
     sweeps: int = 1,
 ) -> QuantizedTensor:
     """`tensor` with better scales and codes for tr((W - Ŵ)(H + λI)(W - Ŵ)ᵀ), λ = damping · mean(diag H).
 
-    Zero points stay. A column that `hessian` knows nothing of must have a positive diagonal, or damping be positive.
+    Zero points stay, and so do weights at `zeros`. A column that `hessian` knows nothing of must have a positive
+    diagonal, or damping be positive.
     """
     rows, columns = tensor.shape
     groups = tensor.scale.shape[1]
@@ -48,6 +50,7 @@ def refine(
     Z = torch.zeros_like(S) if tensor.zero_point is None else tensor.zero_point.float().T.contiguous()
     # Transposed, so that a column of the weight is contiguous; levels are codes with their zero point subtracted.
     Q = tensor.codes.float().T.reshape(groups, -1, rows) - Z.unsqueeze(1)
+    fixed = None if zeros is None else zeros.T.reshape(Q.shape)
     error = weight.float().T - (Q * S.unsqueeze(1)).view(columns, rows)
     G = (H @ error).add_(error, alpha=ridge)
 
@@ -65,7 +68,8 @@ def refine(
             limits = grid.qmin - Z[g], grid.qmax - Z[g]
             for a in range(0, len(q), BLOCK):
                 block = slice(a, min(a + BLOCK, len(q)))
-                moved = _descend(q[block], distance[block], metric[block, block], limits)
+                still = None if fixed is None else fixed[g, block]
+                moved = _descend(q[block], distance[block], metric[block, block], limits, still)
                 q[block] += moved
                 change[block] += moved * S[g]
                 distance -= metric[:, block] @ moved
@@ -100,11 +104,17 @@ def _descend(
     distance: Float[Tensor, "size out"],
     metric: Float[Tensor, "size size"],
     limits: tuple[Float[Tensor, " out"], Float[Tensor, " out"]],
+    fixed: Bool[Tensor, "size out"] | None,
 ) -> Float[Tensor, "size out"]:
-    """By how many levels each weight of a block moves, one column after the other. `metric`: H_jk / H_jj."""
+    """By how many levels each weight of a block moves, one column after the other; those that are `fixed` by none.
+
+    `metric`: H_jk / H_jj.
+    """
     moved = torch.empty_like(q)
     for j, (level, optimum) in enumerate(zip(q, q + distance, strict=True)):
         if j:
             optimum.addmv_(moved[:j].T, metric[j, :j], alpha=-1)
         torch.sub(optimum.round_().clamp_(*limits), level, out=moved[j])
+        if fixed is not None:
+            moved[j].masked_fill_(fixed[j], 0)
     return moved

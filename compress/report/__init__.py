@@ -15,6 +15,7 @@ from typing import Any
 
 from compress.errors import writing
 from compress.progress import duration
+from compress.report import segments
 from compress.report.chart import Point, trade_off
 from compress.report.page import (
     Html,
@@ -71,6 +72,8 @@ def render(report: Report) -> str:
             section("Size", _sizes(report)),
             *_scores(report.get("evaluation"), report.get("evaluation_note")),
             section("Gates", _gates(report.get("gates") or [])),
+            section("Shape", segments.shapes(report)),
+            section("Training", *segments.trainings(report)),
             section("Bits", *_allocation(report)),
             section("KV cache", *_cache(report)),
             section("Error by layer", *_errors(report)),
@@ -103,6 +106,9 @@ def summary_lines(report: Report) -> list[tuple[str, str]]:
         ("recipe", report["recipe_name"]),
         ("size", f"{size(before)} → {size(after)} ({after / before:.0%})"),
     ]
+    first, last = report.get("parameters_before"), report.get("parameters_after")
+    if first and last and last < first:
+        lines.append(("parameters", f"{first:,} → {last:,} ({last / first:.0%})"))
     if bits := report.get("bits_per_weight"):
         lines.append(("bits per weight", f"{bits:.2f} in the quantized layers"))
     lines += [(text["name"], ", ".join(measures(text))) for text in texts(report)]

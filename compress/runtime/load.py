@@ -1,9 +1,10 @@
 """A checkpoint as a model that runs: quantized layers on `quant_kernels`, all else as transformers has it.
 
-An ordinary folder is loaded by transformers itself. A quantized one starts as an empty transformers module on
-the meta device; each quantized linear layer is replaced by a `QuantLinear` and every other tensor filled in,
-one at a time, so that loading needs the packed model and one layer, never the model in floating point. Layers that the
-folder's adapter compensates keep that kernel, and add their low-rank product to what it gives.
+An ordinary folder is loaded by transformers itself. A compressed one starts as an empty transformers module on the
+meta device; each quantized linear layer is replaced by a `QuantLinear`, each sparse one by a `SparseLinear`, and
+every other tensor filled in, one at a time, so that loading needs the packed model and one layer, never the model in
+floating point. Layers that the folder's adapter compensates keep that kernel, and add their low-rank product to what
+it gives.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from compress.models.headers import Folder, read_folder
 from compress.models.store import DTYPES, LazyModel, Weights, load_tokenizer, local_folder
 from compress.runtime.modules import Compensated, QuantLinear, put_in_place
 from compress.runtime.normal import NormalLinear
+from compress.runtime.sparse import SparseLinear
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -79,7 +81,7 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
     lazy = LazyModel(weights, dtype=dtype, device=device)
     model: Any = lazy.module
     modules = dict(model.named_modules())
-    for name in weights.schemes:
+    for name in (*weights.schemes, *weights.sparse):
         _check_linear(modules.get(name), name, folder)
     for names in _launches(weights):
         biases = [weights.read(f"{name}.bias") for name in names if modules[name].bias is not None]
@@ -94,6 +96,9 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
             device=device,
         )
         put_in_place(model, names, layer)
+    for name in weights.sparse:
+        bias = weights.read(f"{name}.bias") if modules[name].bias is not None else None
+        model.set_submodule(name, SparseLinear(weights.read(f"{name}.weight"), bias, dtype=dtype, device=device))
     for name in weights.adapter.products:
         A, B = (factor.to(device, dtype) for factor in weights.adapter.read(name))
         model.set_submodule(name, Compensated(model.get_submodule(name), A, B))
@@ -137,7 +142,7 @@ def _stacked(weights: list[QuantizedTensor]) -> QuantizedTensor:
 
 
 def _check_linear(module: nn.Module | None, name: str, folder: Folder) -> None:
-    """Raises ModelError where a quantized weight belongs to no linear layer."""
+    """Raises ModelError where a compressed weight belongs to no linear layer."""
     if not isinstance(module, nn.Linear):
         found = "has no such module" if module is None else f"has a {type(module).__name__} there"
         raise ModelError(f"{folder.path}: {name} is stored as a quantized linear layer, the model {found}")

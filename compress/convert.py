@@ -1,0 +1,139 @@
+"""Another runtime's format for the same quantized values: nothing is rounded again, or it is refused.
+
+A folder is read layer by layer, each layer's codes, scales and zero points are written in the other format, and what
+lies on disk is read back and compared, bit for bit, before the folder appears under its name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from compress.checkpoint import FORMATS, Format, format_for
+from compress.checkpoint.folder import OutputFolder
+from compress.checkpoint.weights import QuantizedWeights
+from compress.errors import ModelError, OutputError, RequestError, VerificationError
+from compress.models.headers import read_folder
+from compress.models.selection import did_you_mean
+from compress.models.store import DTYPES, empty_module, local_folder
+from compress.recipe import CheckpointOptions
+
+
+def convert(source: str | Path, to: str, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write a quantized folder in the format `to`, and say what was written.
+
+    Raises RequestError before anything is written where the folder or the format cannot be that, with the reason.
+    """
+    if to not in FORMATS:
+        raise RequestError(
+            f"--to {to}: there is no such format.{did_you_mean(to, FORMATS)} There are {', '.join(FORMATS)}"
+        )
+    folder = read_folder(local_folder(str(source)))
+    if not folder.config.get("quantization_config"):
+        raise ModelError(f"{source}: is not quantized, so there is nothing to convert. Use `netsuke run`")
+    weights, form = QuantizedWeights(folder), format_for(CheckpointOptions(format=to))
+    problems = _problems(weights, form)
+    if problems:
+        raise ModelError("\n".join(problems))
+    target = OutputFolder(Path(output), len(folder.files))
+    if target.final == folder.path.resolve():
+        raise OutputError(f"{output}: is the folder itself. Choose another --output")
+    target.check(resume=False, overwrite=overwrite)
+    target.open(resume=False)
+    names, total = _write(weights, form, target)
+    target.write_rest(folder, _config(weights, form), names, total)
+    target.publish()
+    size = sum(file.stat().st_size for file in target.final.glob("*.safetensors"))
+    return {
+        "model": str(source),
+        "output": str(target.final),
+        "format": form.name,
+        "layers": len(weights.schemes),
+        "bytes_before": folder.bytes,
+        "bytes_after": size,
+    }
+
+
+def _problems(weights: QuantizedWeights, form: Format) -> list[str]:
+    """Why these layers cannot be in that format, a sentence each."""
+    where = weights.folder.path
+    if weights.online:
+        name = next(iter(weights.online))
+        return [f"{where}: {name} has inputs that are rotated while it runs, which only compressed-tensors can say"]
+    if weights.adapter.products:
+        return [f"{where}: has a LoRA adapter beside its codes, which belongs to them as compressed-tensors has them"]
+    kind = "Conv1D" if weights.anatomy.transposed else "Linear"
+    layers = {
+        reason.removeprefix(name): reason
+        for name, scheme in reversed(weights.schemes.items())
+        for reason in form.problems(name, kind, _shape(weights, name), scheme)
+    }
+    found = [*layers.values()]
+    schemes = set(weights.schemes.values())
+    if form.packs and form.name != "compressed-tensors" and len(schemes) > 1:
+        told = ", ".join(sorted(scheme.name for scheme in schemes))
+        found.append(f"{where}: has layers of several schemes ({told}), and {form.name} holds one in a folder")
+    return found
+
+
+def _shape(weights: QuantizedWeights, layer: str) -> tuple[int, int]:
+    rows, columns = weights.shape(f"{layer}.weight")
+    return rows, columns
+
+
+def _write(weights: QuantizedWeights, form: Format, target: OutputFolder) -> tuple[dict[str, str], int]:
+    """Every file of the folder in the other format; tensor name → file, and the bytes of all tensors."""
+    owner = {f"{layer}.": layer for layer in weights.schemes}
+    names: dict[str, str] = {}
+    total = 0
+    for index, file in enumerate(weights.folder.files):
+        held: dict[str, Tensor] = {}
+        layers: set[str] = set()
+        for name, header in weights.tensors.items():
+            if header.file != file:
+                continue
+            layer = owner.get(f"{name.rpartition('.')[0]}.")
+            if layer is None or name == f"{layer}.bias":
+                held[header.name] = weights.read(name)
+            elif layer not in layers and layer not in names:
+                layers.add(layer)
+                held |= _encoded(weights, form, layer)
+        target.write_shard(index, held)
+        _read_back(weights, form, target.partial / target.shard_name(index), layers)
+        names |= {name: target.shard_name(index) for name in held}
+        total += sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    return names, total
+
+
+def _encoded(weights: QuantizedWeights, form: Format, layer: str) -> dict[str, Tensor]:
+    tensor, inputs = weights.quantized(layer), weights.schemes[layer].inputs
+    try:
+        return form.encode(layer, tensor, inputs, weights.input_scale(layer))
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _read_back(weights: QuantizedWeights, form: Format, file: Path, layers: set[str]) -> None:
+    """Raises VerificationError unless the file gives back the very numbers, on their grids."""
+    if not form.packs:
+        return
+    stored = load_file(file)
+    for layer in layers:
+        part = {name: tensor for name, tensor in stored.items() if name.startswith(f"{layer}.")}
+        before, after = weights.quantized(layer), form.decode(layer, part, weights.schemes[layer].weights)
+        if not (before.codes.equal(after.codes) and before.dequantize().equal(after.dequantize())):
+            raise VerificationError(f"{file}: {layer} does not decode to what it was. Please report this")
+
+
+def _config(weights: QuantizedWeights, form: Format) -> dict[str, Any]:
+    """The folder's config.json with the other format's words in it."""
+    config = {key: value for key, value in weights.folder.config.items() if key != "quantization_config"}
+    module = empty_module(weights.folder)
+    linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    kept = [name for name in linear if name not in weights.schemes]
+    dtype = next(iter(header.dtype for header in weights.tensors.values() if DTYPES[header.dtype].is_floating_point))
+    quantization = form.quantization_config(weights.schemes, kept, weights.online, dtype)
+    return config | ({"quantization_config": quantization} if quantization else {})

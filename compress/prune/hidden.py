@@ -1,0 +1,207 @@
+"""A narrower residual stream: one set of coordinates for all layers, and everything that reads or writes them is cut.
+
+`activity` keeps the coordinates that are largest behind the norms, as they are (Minitron, arXiv 2407.14679). `pca`
+turns the stream by the eigenvectors of its mean second moment and keeps the leading ones (SliceGPT, arXiv 2401.15024),
+with one basis for all layers, so that plain transformers loads what comes out. The scores and the basis are explained
+in `compress.core.residual`, what becomes of which tensor in `compress.models.narrowed`.
+
+A turned stream reads and is read by different embeddings: a tied head takes up the last norm's weight and becomes a
+matrix of its own, which in a small model of many tokens costs more parameters than the narrower layers save. `activity`
+leaves it tied.
+
+With `refit`, the layers behind each norm make up for what is gone. With H = E[y yᵀ] of the outputs of the norm,
+
+    E‖y_gone - B y_kept‖² + λ‖B‖² is least at B = H_gone,kept (H_kept,kept + λI)⁻¹,
+
+and W_kept + W_gone B reads as much of y as is left in y_kept, whatever W is. Neither paper does that; it is exact only
+as far as the stream is what it was. A tied head is not refitted.
+
+The model is walked once as it is. Of each norm's H one is in memory at a time, the others in files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compress.calibrate import BATCH_TOKENS
+from compress.calibrate.observers import Moments, MomentsObserver
+from compress.calibrate.walk import enter, inputs_of, walk
+from compress.core.channels import choose, others, reconstruct
+from compress.core.residual import Activity, hidden_scores, principal_basis
+from compress.core.scheme import Scheme
+from compress.core.widths import rounded_size
+from compress.errors import RecipeError, naming
+from compress.models.anatomy import Anatomy
+from compress.models.headers import Folder, TensorHeader, read_folder
+from compress.models.narrowed import (
+    NarrowedWeights,
+    fitting_multiple,
+    narrowed,
+    narrowing_obstacles,
+    readers_of,
+    width_of,
+)
+from compress.models.rotated import RotatedWeights, last_norm, untied
+from compress.models.store import LazyModel, Weights
+from compress.stage import LayerReport, Learned, Role
+
+if TYPE_CHECKING:
+    from compress.calibrate.block import Block
+
+Method = Literal["activity", "pca"]
+DAMPING = 1e-4
+"""λ over the mean of diag H. A few coordinates have most of the energy, and less must be left of what others say."""
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The stage `hidden`."""
+
+    name: ClassVar[str] = "hidden"
+    role: ClassVar[Role] = "view"
+    shrinks: ClassVar[bool] = True
+    online: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = True
+    for_inputs: ClassVar[bool] = False
+    two_streams: ClassVar[bool] = False
+
+    keep: float = 0.85
+    """The share of coordinates that stays."""
+    method: Method = "pca"
+    refit: bool = True
+    """Have the layers that read the stream make up for what is gone."""
+    multiple: int = 64
+    """The width that is left is a multiple of this."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep={self.keep} must be a share of the coordinates, above 0 and at most 1")
+        if self.method not in get_args(Method):
+            raise ValueError(f"method={self.method!r} must be one of {', '.join(get_args(Method))}")
+        if self.multiple < 1:
+            raise ValueError(f"multiple={self.multiple} must be at least 1; kernels like 64")
+
+    def problems(self, anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> list[str]:
+        return narrowing_obstacles(anatomy, tensors)
+
+    def folder(
+        self,
+        folder: Folder,
+        anatomy: Anatomy,
+        tensors: Mapping[str, TensorHeader],
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> Folder:
+        """Raises RecipeError where no width of the right multiple is near what is asked for."""
+        size = self._size(folder, anatomy, width_of(anatomy, tensors))
+        return narrowed(untied(folder, anatomy, tensors) if self.method == "pca" else folder, anatomy, size)
+
+    def weights(self, folder: Folder, learned: Mapping[str, Tensor] | None = None) -> Weights:
+        learned = learned or {"keep": torch.arange(folder.config["hidden_size"])}
+        missing = {name: tensor for name, tensor in learned.items() if name not in {"keep", "basis"}}
+        return NarrowedWeights(folder, self._whole(folder.path, learned.get("basis")), learned["keep"], missing)
+
+    def learn(self, model: LazyModel, tokens: Tensor, scratch: Path, schemes: Mapping[str, Scheme]) -> Learned:
+        folder = model.weights.folder
+        whole = LazyModel(self._whole(folder.path), dtype=model.dtype, device=str(model.device))
+        width, size = width_of(whole.anatomy, whole.weights.tensors), folder.config["hidden_size"]
+        moment = torch.zeros(width, width, dtype=torch.float64)
+        scores = torch.zeros(width, dtype=torch.float64)
+        norms: list[str] = []
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        try:
+            for norm, seen, activity in behind_norms(whole, tokens, scratch):
+                save_file({"moment": seen.hessian.cpu()}, scratch / f"{norm}.safetensors")
+                norms.append(norm)
+                moment += seen.hessian.cpu()
+                scores += hidden_scores([activity]).cpu()
+            turn = principal_basis(moment)[0] if self.method == "pca" else None
+            keep = torch.arange(size) if self.method == "pca" else choose(scores, size)
+            learned = {"keep": keep} if turn is None else {"keep": keep, "basis": turn}
+            for norm in norms if self.refit and size < width else ():
+                with naming(norm):
+                    learned[norm] = _missing(load_file(scratch / f"{norm}.safetensors")["moment"], turn, keep)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        energy = _turned(moment, turn).diagonal()
+        share = float(energy[keep].sum() / energy.sum())
+        told = f"{size} of {width} coordinates, with {share:.1%} of the energy behind norms"
+        return Learned(learned, {"kept": told, "energy": share})
+
+    def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
+        """Nothing is left to do."""
+        return []
+
+    def _size(self, folder: Folder, anatomy: Anatomy, width: int) -> int:
+        wanted, multiple = self.keep * width, fitting_multiple(folder, anatomy, self.multiple)
+        size = rounded_size(wanted, width, multiple)
+        if wanted < width == size or abs(size - wanted) > multiple / 2:
+            raise RecipeError(
+                f"hidden: keep={self.keep} of {width} is {wanted:g}, and the nearest width below {width} that is a "
+                f"multiple of {multiple} is {size if size < width else 'none'}. Lower multiple={self.multiple}"
+            )
+        return size
+
+    def _whole(self, path: Path, basis: Float[Tensor, "n n"] | None = None) -> Weights:
+        """What is cut: the model of a folder, turned if that is the method."""
+        stored = Weights(read_folder(path))
+        if self.method == "activity":
+            return stored
+        return RotatedWeights(untied(stored.folder, stored.anatomy, stored.tensors), r2=False, further=basis)
+
+
+@torch.inference_mode()
+def behind_norms(
+    model: LazyModel, tokens: Int[Tensor, "windows length"], scratch: Path
+) -> Iterator[tuple[str, Moments, Activity]]:
+    """What comes out of each norm that the residual stream is read through, norm by norm, as the model is walked."""
+    moments: dict[str, MomentsObserver] = {}
+    activities: dict[str, Activity] = {}
+
+    def see(norm: str, outputs: Tensor) -> None:
+        moments.setdefault(norm, MomentsObserver(outputs.shape[-1])).update(outputs)
+        activities[norm] = activities[norm].including(outputs) if norm in activities else Activity.of(outputs)
+
+    def seen() -> Iterator[tuple[str, Moments, Activity]]:
+        for norm in [*moments]:
+            yield norm, moments.pop(norm).result(tokens.numel(), norm), activities.pop(norm)
+
+    norms = readers_of(model.anatomy, model.weights.tensors)
+    modules = {norm: model.module.get_submodule(norm) for norm in norms}
+    hooks = [module.register_forward_hook(lambda _, __, y, norm=norm: see(norm, y)) for norm, module in modules.items()]
+    try:
+        entrance = enter(model, tokens, inputs_of(0, scratch))
+        stream = entrance.inputs
+        for _, outputs in walk(model, entrance, stream, scratch, lambda block: None):
+            yield from seen()
+            stream = outputs
+        last = last_norm(model.anatomy, model.weights.tensors)
+        batch = max(1, BATCH_TOKENS // stream.length)
+        with model.resident([last]):
+            for start in range(0, stream.windows, batch):
+                modules[last](stream.read(start, start + batch).to(model.device))
+        yield from seen()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _turned(moment: Float[Tensor, "n n"], turn: Float[Tensor, "n n"] | None) -> Float[Tensor, "n n"]:
+    return moment if turn is None else turn.T @ moment.to(turn) @ turn
+
+
+def _missing(
+    moment: Float[Tensor, "n n"], turn: Float[Tensor, "n n"] | None, keep: Int[Tensor, " kept"]
+) -> Float[Tensor, "gone kept"]:
+    """What the coordinates that go are in the mean, given those that stay."""
+    identity = torch.eye(len(moment), dtype=torch.float64)[others(keep, len(moment))]
+    return reconstruct(identity, _turned(moment, turn), keep, damping=DAMPING)[0].float()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import compress
+from compress.checkpoint.weights import QuantizedWeights, open_model
+from compress.convert import convert
+from compress.errors import ModelError, OutputError, RequestError
+from compress.models.headers import read_folder
+from compress.models.store import Weights
+from compress.quantize.rtn import RTN
+from compress.recipe import CheckpointOptions, Evaluation, Recipe
+
+
+@pytest.fixture(scope="module")
+def packed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4-bit weights whose scales are float16's, in AWQ's layout."""
+    output = tmp_path_factory.mktemp("convert") / "awq"
+    recipe = Recipe("awq", (RTN("w4a16", 32),), checkpoint=CheckpointOptions("awq"), evaluation=Evaluation(samples=1))
+    compress.run(recipe, model=str(tiny), output=output)
+    return output
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = open_model(folder)
+    with model.streamed():
+        return model.logits(torch.arange(24).unsqueeze(0))
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "gptq_v2"])
+def test_another_format_holds_the_very_same_numbers(form: str, packed: Path, tmp_path: Path) -> None:
+    told = convert(packed, form, tmp_path / "out")
+    assert (told["format"], told["layers"]) == (form, 21)
+    assert torch.equal(logits(tmp_path / "out"), logits(packed))
+    convert(tmp_path / "out", "awq", tmp_path / "back")
+    there, back = QuantizedWeights(read_folder(packed)), QuantizedWeights(read_folder(tmp_path / "back"))
+    assert all(there.quantized(layer) == back.quantized(layer) for layer in there.schemes)
+    assert read_folder(tmp_path / "back").config == read_folder(packed).config
+
+
+def test_dense_is_an_ordinary_folder_of_what_the_codes_stand_for(packed: Path, tmp_path: Path) -> None:
+    convert(packed, "dense", tmp_path / "out")
+    codes, dense = QuantizedWeights(read_folder(packed)), Weights(read_folder(tmp_path / "out"))
+    assert "quantization_config" not in dense.folder.config
+    for layer in codes.schemes:
+        assert torch.equal(dense.read(f"{layer}.weight"), codes.quantized(layer).dequantize(torch.float16))
+
+
+def test_what_another_format_cannot_hold_is_refused_with_one_sentence_a_reason(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"layers.0.mlp.down_proj: bitsandbytes holds nf4 and w8a16") as refused:
+        convert(packed, "bitsandbytes", tmp_path / "out")
+    assert len(str(refused.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_scales_of_bfloat16_are_numbers_of_float16_too(tiny: Path, tmp_path: Path) -> None:
+    recipe = Recipe("w4a16", (RTN("w4a16", 32),), evaluation=Evaluation(samples=1))
+    compress.run(recipe, model=str(tiny), output=tmp_path / "bf16")
+    wide = convert(tmp_path / "bf16", "awq", tmp_path / "awq")  # bfloat16 has fewer digits: these fit
+    assert wide["layers"] == 21
+
+
+def test_nothing_is_written_where_the_request_is_wrong(tiny: Path, packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="Did you mean 'gptq'"):
+        convert(packed, "gpt", tmp_path / "out")
+    with pytest.raises(ModelError, match="is not quantized"):
+        convert(tiny, "awq", tmp_path / "out")
+    with pytest.raises(OutputError, match="is the folder itself"):
+        convert(packed, "gptq", packed, overwrite=True)
+    assert not list(tmp_path.iterdir())
