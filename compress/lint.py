@@ -19,6 +19,8 @@ ONE_SCHEME = ("awq", "bitsandbytes", "gptq", "gptq_v2")
 """Formats whose config says once how all layers are quantized."""
 SIZES = (256, 128, 64, 32, 16)
 """Group sizes that engines have kernels for, offered in place of one that does not divide."""
+KEEP_ZEROS = ("rtn", "gptq")
+"""Quantizers that leave zeros as they are."""
 
 
 def order(recipe: Recipe) -> list[str]:
@@ -89,8 +91,9 @@ def _after_pruning(recipe: Recipe, index: int) -> list[str]:
     if any(earlier.role == "quantizer" for earlier in recipe.stages[:index]):
         problems.append(f"{where}: {stage.name} must come before every quantizer")
     for later in recipe.stages[index + 1 :]:
-        if later.role == "quantizer" and later.name != "rtn":
-            problems.append(f"{where}: {later.name} would move weights that are zero. Use rtn behind {stage.name}")
+        if later.role == "quantizer" and later.name not in KEEP_ZEROS:
+            told = " or ".join(KEEP_ZEROS)
+            problems.append(f"{where}: {later.name} would move weights that are zero. Use {told} behind {stage.name}")
         if later.name == "low_rank":
             problems.append(f"{where}: the product of {later.name} would fill the zeros; leave one of them out")
     return problems

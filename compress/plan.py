@@ -304,6 +304,8 @@ def _plan(
         for layer in candidates
     )
     notes = [*anatomy.conclusions, *folder.truncated]
+    if anatomy.mixture:
+        notes.append("mixture of experts: no stage quantizes expert matrices and routers")
     calibrated = recipe.calibrated
     context = context_length(folder.config)
     length = min(recipe.calibration.sequence_length, context) if calibrated else min(PROBE_LENGTH, context)

@@ -23,6 +23,7 @@ from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key
 from compress.errors import NumericalError
 from compress.job import Job
+from compress.models.experts import taken_apart
 from compress.models.headers import Folder, canonical, read_folder
 from compress.models.store import DTYPES, Weights
 from compress.plan import Plan
@@ -125,11 +126,12 @@ def _train(
     output.open(resume=True)
     trained = train(plan, original, output.scratch / TRAINING, texts, tell)
     weights = Weights(plan.folder)
+    state = {**trained.state, **taken_apart(trained.state, weights.stacks)}
     tied = {plan.anatomy.head: plan.anatomy.embedding}
 
     def stored(name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        value = trained.state.get(name, trained.state.get(f"{tied.get(path, path)}.{leaf}"))
+        value = state.get(name, state.get(f"{tied.get(path, path)}.{leaf}"))
         if value is None:
             return weights.read(name)
         if not value.isfinite().all():

@@ -161,7 +161,7 @@ def train(
     if checkpoints.latest is None or checkpoints.latest.name != "trained":
         checkpoints.prepare(accelerator)
         tell = tell if accelerator.is_main_process else _silence
-        both = torch.cat([windows, held_out]).cpu()
+        both = torch.cat([windows, held_out]).long().cpu()
         models = student, teacher, both, len(held_out)
         _run(Trainer(accelerator, *models, training, objective, work, tell, prepare), checkpoints, steps, tell)
         accelerator.free_memory()

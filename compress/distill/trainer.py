@@ -64,8 +64,8 @@ class Trainer:
         self.teacher: Teacher = lambda rows, tokens: None
         if teacher and training.teacher_top_k:
             known = torch.cat([self._batch(0, self.steps * training.batch_size), self.held_out]).unique()
-            answers = training.teacher_top_k, objective, self.micro_batch, accelerator, dtype, work, tell
-            self.teacher = ask(teacher, windows, known, *answers)
+            k, parts = training.teacher_top_k, self.micro_batch
+            self.teacher = ask(teacher, windows, known, k, objective, parts, accelerator, dtype, work, tell)
 
         module, anatomy = open_model(student, torch.float32)
         if prepare:
@@ -114,31 +114,20 @@ class Trainer:
 
     def step(self, number: int) -> tuple[float, float]:
         """Make one step: the loss of its batch, and its learning rate. Raises NumericalError before weights change."""
-        training, process = self.training, self.accelerator.process_index
-        torch.manual_seed(chance("step", training.seed, number, process).initial_seed())  # of dropout
-        mine = slice(process * self.share, (process + 1) * self.share)
-        rows = self._batch(number, training.batch_size)[mine]
-        tokens = self.windows[rows].to(self.accelerator.device)
-        cut = cut_of(number, tokens.shape[1], training.on_policy, training.seed)
-        if cut is not None:
-            shape = training.batch_size, tokens.shape[1] - cut
-            draws = torch.rand(shape, generator=chance("draws", training.seed, number))[mine].to(tokens.device)
-            with arithmetic(tokens.device, self.dtype):
-                tokens = continued(self.model, empty_cache(self.bare), tokens, draws)
-        valid = to_learn(tokens, cut or 1)
-        count = int(valid.sum()) * self.accelerator.num_processes
-        peak = training.learning_rate
-        rate = peak * relative_rate(number, self.steps, training.warmup, training.final_learning_rate)
+        training, processes = self.training, self.accelerator.num_processes
+        torch.manual_seed(chance("step", training.seed, number, self.accelerator.process_index).initial_seed())
+        rate = training.learning_rate * relative_rate(number, self.steps, training.warmup, training.final_learning_rate)
         for group, relative in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * relative
-        self.model.train()
+        rows, tokens, valid = self._text(number)
+        count = int(valid.sum()) * processes
         total = torch.zeros((), device=tokens.device)
         parts = list(zip(*(each.split(self.micro_batch) for each in (rows, tokens, valid)), strict=True))
-        for index, (part, text, counted) in enumerate(parts):
-            last = index + 1 == len(parts)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._loss(part, text, counted, count)
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+        self.model.train()
+        for index, (some, text, counted) in enumerate(parts, start=1):
+            with nullcontext() if index == len(parts) else self.accelerator.no_sync(self.model):
+                loss = self._loss(some, text, counted, count)
+                self.accelerator.backward(loss * processes)
             total += loss.detach()
         mean = self._sum(total, f"step {number + 1}: the loss")
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), training.clip)
@@ -163,6 +152,21 @@ class Trainer:
     def _batch(self, step: int, size: int) -> Int[Tensor, " windows"]:
         return batch_of(step, size, len(self.windows) - len(self.held_out), self.training.seed)
 
+    def _text(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's share of a step: numbers of windows, their tokens, and which of them to learn from."""
+        training, process = self.training, self.accelerator.process_index
+        mine = slice(process * self.share, (process + 1) * self.share)
+        rows = self._batch(number, training.batch_size)[mine]
+        tokens = self.windows[rows].to(self.accelerator.device)
+        cut = cut_of(number, tokens.shape[1], training.on_policy, training.seed)
+        if cut is None:
+            return rows, tokens, to_learn(tokens)
+        shape = training.batch_size, tokens.shape[1] - cut
+        draws = torch.rand(shape, generator=chance("draws", training.seed, number))[mine].to(tokens.device)
+        with arithmetic(tokens.device, self.dtype):
+            tokens = continued(self.model, empty_cache(self.bare), tokens, draws)
+        return rows, tokens, to_learn(tokens, cut)
+
     def _loss(
         self,
         rows: Int[Tensor, " windows"],
@@ -177,9 +181,8 @@ class Trainer:
         parts = self.objective.loss(outputs, said, valid, count=count, targets=targets, projections=self.projections)
         if self.objective.divergence or self.objective.cross_entropy:
             return parts.total
-        return (
-            parts.total + 0 * outputs.logits[:, 0, 0].sum()
-        )  # processes wait for gradients of all layers, the head's too
+        # Processes wait for gradients of all layers, and from states alone the last ones have none.
+        return parts.total + 0 * outputs.logits[:, 0, 0].sum()
 
     def _sum(self, loss: Tensor, name: str) -> float:
         """Over all processes. Raises NumericalError where it is not finite."""

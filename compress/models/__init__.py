@@ -19,6 +19,7 @@ from compress.models.gemma import GEMMA, GEMMA2
 from compress.models.gpt2 import GPT2
 from compress.models.gpt_neox import GPT_NEOX
 from compress.models.llama import LLAMA
+from compress.models.mixtral import MIXTRAL, QWEN3_MOE
 from compress.models.olmo2 import OLMO2
 from compress.models.opt import OPT
 from compress.models.phi3 import PHI3
@@ -33,12 +34,14 @@ FAMILIES: dict[str, Anatomy] = {
     "granite": LLAMA,
     "llama": LLAMA,
     "mistral": LLAMA,
+    "mixtral": MIXTRAL,
     "olmo2": OLMO2,
     "olmo3": OLMO2,
     "opt": OPT,
     "phi3": PHI3,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "qwen3_moe": QWEN3_MOE,
     "smollm3": LLAMA,
 }
 """`model_type` of config.json → anatomy."""

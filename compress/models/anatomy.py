@@ -57,8 +57,12 @@ class Anatomy:
     """The config key of how many channels an MLP has inside; empty: not known, so they cannot be made fewer."""
     fixed_heads: str = "nobody has described its heads"
     """Why heads cannot be made fewer. Empty: config.json has `head_dim`, and a head is a run of rows of q, k and v."""
+    mixture: str = ""
+    """The module inside a block that holds a mixture: `gate`, the router, with a row for each expert, and `experts`.
+    Empty: there is none, or it is another kind."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Modules whose tensors are stored under another name: stored name → module path (GPT-NeoX's head)."""
+    """Modules whose tensors are stored under another name: stored name → module path (GPT-NeoX's head), or the same
+    inside a block."""
     conclusions: tuple[str, ...] = field(default=(), compare=False)
     """What the structural detector concluded, in sentences; empty for a known family."""
 

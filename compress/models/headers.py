@@ -195,8 +195,7 @@ def canonical(tensors: Mapping[str, TensorHeader], anatomy: Anatomy) -> dict[str
         if _computed(name, header.shape):
             continue
         for stored, module in anatomy.renamed.items():
-            if name.startswith(f"{stored}."):
-                name = f"{module}{name.removeprefix(stored)}"
+            name = f".{name}".replace(f".{stored}.", f".{module}.")[1:]
         paths[f"{root}.{name}" if bare and not name.startswith("lm_head.") else name] = header
     return paths
 

@@ -1,12 +1,13 @@
 """A model with a narrower residual stream: some of its coordinates are left out of every tensor as it is read.
 
 Embeddings lose columns, the last layer of each half loses rows, the layers behind norms lose columns, and the norms in
-between lose entries. A norm over fewer coordinates divides by another root mean square, which its weight and its ε make
-up for (`compress.core.residual`). Which coordinates stay is not decided here, and they may be those of a turned stream:
-the tensors that are cut can be `RotatedWeights`.
+between lose entries. A norm over k of n coordinates divides by another root mean square, which its weight and its ε
+make up for (`compress.core.residual`). Which coordinates stay is not decided here, and they may be those of a turned
+stream: the tensors that are cut can be `RotatedWeights`.
 
-A layer behind a norm can be told what the coordinates that went are in the mean, given those that stay: y_gone ≈ B
-y_kept. Then its weight becomes W_kept + W_gone B. A head that is tied to the embedding loses what the embedding loses.
+The layers behind a norm can be told what the coordinates that went are in the mean, given those that stay, y_gone ≈ B
+y_kept, and which share s of ‖x‖² these hold. Then W becomes W_kept + W_gone B, and the norm's weight grows by √(s n/k)
+and not √(n/k). A head that is tied to the embedding loses what the embedding loses, and its norm is as for s = 1.
 
 Heads keep their number and their width, which config.json then has to say.
 """
@@ -38,8 +39,8 @@ WHOLE_HEADS = frozenset({"llama"})
 class NarrowedWeights(Weights):
     """The tensors of a `narrowed` folder.
 
-    `whole`: those that are cut, of the same names. `keep`: the coordinates that stay, ascending. `missing`: norm → B of
-    the layers behind it; those of other norms are cut and no more.
+    `whole`: those that are cut, of the same names. `keep`: the coordinates that stay, ascending. `missing`: norm → B
+    and s; the layers behind other norms are cut and no more.
     """
 
     def __init__(
@@ -47,21 +48,22 @@ class NarrowedWeights(Weights):
         folder: Folder,
         whole: Weights,
         keep: Int[Tensor, " kept"],
-        missing: Mapping[str, Float[Tensor, "gone kept"]],
+        missing: Mapping[str, tuple[Float[Tensor, "gone kept"], float]],
     ) -> None:
         super().__init__(folder)
         width = width_of(self.anatomy, whole.tensors)
         readers = readers_of(self.anatomy, whole.tensors)
         self._whole, self._keep, self._gone = whole, keep, others(keep, width)
         self._axes = stream_axes(self.anatomy, whole.tensors)
-        self._missing = {f"{layer}.weight": missing[norm] for norm in missing for layer in readers[norm]}
+        self._missing = {f"{layer}.weight": missing[norm][0] for norm in missing for layer in readers[norm]}
         gain, last = norm_gain(width, len(keep)), last_norm(self.anatomy, whole.tensors)
-        self._gains = {f"{norm}.weight": gain for norm in readers}
+        shares = {norm: share for norm, (_, share) in missing.items() if readers[norm]}
+        self._gains = {f"{norm}.weight": gain * math.sqrt(shares.get(norm, 1.0)) for norm in readers}
         if (
             self.anatomy.family in SCALED_EMBEDDINGS
         ):  # by less than before. The head may be tied: the last norm gives way
             self._gains |= {f"{self.anatomy.embedding}.weight": gain, f"{self.anatomy.head}.weight": gain}
-            self._gains[f"{last}.weight"] = 1.0
+            self._gains[f"{last}.weight"] /= gain
 
     def read(self, name: str) -> Tensor:
         stored = self._whole.read(name)
@@ -109,7 +111,7 @@ def narrowing_obstacles(anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -
 
 
 def readers_of(anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> dict[str, list[str]]:
-    """Norm → the layers that read the stream through it, of all blocks in order, the head's last."""
+    """Norm → the layers that read the stream through it; of the last norm the head, unless it is tied."""
     readers: dict[str, list[str]] = defaultdict(list)
     sources = {layer: site.source for site in anatomy.sites for layer, role in site.roles.items() if role in READERS}
     for name in tensors:

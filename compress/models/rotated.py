@@ -210,7 +210,9 @@ def obstacles(anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> list[str
     found = []
     if not sources <= norms:
         found.append("a layer reads the residual stream through a norm that feeds the stream too, or through none")
-    if others:
+    if anatomy.mixture:
+        found.append("experts and their router read the residual stream, and are not turned")
+    elif others:
         found.append(f"{others[0]} scales what is added to the residual stream")
     if odd:
         found.append(f"{odd[0]} stands between the embedding and the residual stream")

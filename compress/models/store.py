@@ -25,6 +25,7 @@ from compress.core.scheme import Grid
 from compress.errors import ModelError, RequestError
 from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
+from compress.models.experts import stacked, stacks
 from compress.models.headers import Folder, TensorHeader, canonical, read_folder
 
 DTYPES = {
@@ -41,6 +42,7 @@ class Weights:
         self.folder = folder
         self.anatomy = self.find_anatomy()
         self.tensors = canonical(folder.tensors, self.anatomy)
+        self.stacks = stacks(self.tensors)
         self.online: dict[str, int] = {}
         """Layer → the size of the Hadamard matrix that its inputs are rotated by while the model runs."""
 
@@ -48,17 +50,22 @@ class Weights:
         return anatomy_for(self.folder.config, self.folder.shapes)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors
+        return name in self.tensors or name in self.stacks
 
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.tensors[name].dtype]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
+        if name not in self.stacks:
+            return self.tensors[name].shape
+        experts = [[self.tensors[part].shape for part in expert] for expert in self.stacks[name]]
+        return len(experts), sum(rows for rows, _ in experts[0]), experts[0][0][1]
 
     def read(self, name: str) -> Tensor:
         """The stored tensor in its stored dtype. Raises ModelError where its bytes cannot be read."""
-        return read_tensor(self.tensors[name])
+        if name not in self.stacks:
+            return read_tensor(self.tensors[name])
+        return stacked((self.read(part) for expert in self.stacks[name] for part in expert), self.shape(name))
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
@@ -133,7 +140,7 @@ class LazyModel:
         module = self.module.get_submodule(owner)
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
         if leaf == "weight" and hasattr(module, "nf"):
-            module.nf = tensor.shape[1]  # which a Conv1D goes by
+            module.nf = tensor.shape[1]  # type: ignore[assignment]  # a Conv1D goes by it
 
     def round_inputs(self, name: str, grid: Grid, scale: Tensor | None = None) -> RemovableHandle:
         """From now on a layer's inputs are rounded to a grid before it sees them, until the handle is removed."""

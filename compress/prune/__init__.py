@@ -9,5 +9,6 @@ from compress.prune.depth import Depth
 from compress.prune.hidden import Hidden
 from compress.prune.merge_heads import MergeHeads
 from compress.prune.sparsify import Sparsify
+from compress.prune.width import Width
 
-PRUNERS = {Depth.name: Depth, Hidden.name: Hidden, MergeHeads.name: MergeHeads, Sparsify.name: Sparsify}
+PRUNERS = {stage.name: stage for stage in (Depth, Hidden, MergeHeads, Sparsify, Width)}

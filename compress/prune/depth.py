@@ -18,6 +18,7 @@ Nothing here makes up for what went. Training does: put `distill` behind. How a 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import deque
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
@@ -106,8 +107,8 @@ class Depth:
     two_streams: ClassVar[bool] = False
     for_inputs: ClassVar[bool] = False
 
-    remove: int
-    """How many units."""
+    remove: float
+    """How many units; below 1, the share of all of them, rounded down to one at least."""
     criterion: Criterion = "greedy_kl"
     unit: Granularity = "block"
     """A half is attention or an MLP; it is stored as zeros, so nothing becomes smaller."""
@@ -118,19 +119,28 @@ class Depth:
         for field, kind in (("criterion", Criterion), ("unit", Granularity)):
             if getattr(self, field) not in get_args(kind):
                 raise ValueError(f"{field}={getattr(self, field)!r} must be one of {', '.join(get_args(kind))}")
-        for field, usual in (("remove", 1), ("samples", 16)):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1; {usual} is usual")
+        if not self.remove > 0 or (self.remove > 1 and self.remove % 1):
+            raise ValueError(f"remove={self.remove:g} must be a whole number of units, or a share of them below 1")
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples} must be at least 1; 16 is usual")
         if self.unit == "half" and self.criterion != "greedy_kl":
             raise ValueError(f"criterion={self.criterion} looks at whole blocks. Use greedy_kl for halves")
+
+    def count(self, num_blocks: int) -> int:
+        """How many units go of a model of so many blocks."""
+        if self.remove >= 1:
+            return int(self.remove)
+        return max(1, math.floor(self.remove * num_blocks * len(units_of(0, self.unit)) + 1e-9))
 
     def problems(self, anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> list[str]:
         blocks = blocks_of(anatomy, tensors)
         shapes = [{name: (header.dtype, header.shape) for name, header in block.items()} for block in blocks]
         most = max(0, len(blocks) - STAY) * len(units_of(0, self.unit))
         found = []
-        if self.remove > most:
-            found.append(f"remove={self.remove} of {len(blocks)} blocks: {STAY} blocks have to stay, so {most} at most")
+        if self.count(len(blocks)) > most:
+            found.append(
+                f"remove={self.remove:g} of {len(blocks)} blocks: {STAY} blocks have to stay, so {most} at most"
+            )
         if odd := [number for number, block in enumerate(shapes) if block != shapes[0]]:
             found.append(
                 f"block {odd[0]} has other tensors than block 0; only where all are alike can some be left out"
@@ -151,8 +161,8 @@ class Depth:
     ) -> Folder:
         """Until it is known which blocks go, those behind the first stand for them: all are of one size. Of halves it
         is not known how many blocks lose both, so none goes."""
-        supposed = range(1, 1 + self.remove) if self.unit == "block" else ()
-        return shortened(folder, anatomy, learned["removed"].tolist() if learned else supposed)
+        count = self.count(len(blocks_of(anatomy, tensors))) if self.unit == "block" else 0
+        return shortened(folder, anatomy, learned["removed"].tolist() if learned else range(1, 1 + count))
 
     def weights(self, folder: Folder, learned: Mapping[str, Tensor] | None = None) -> Weights:
         return SilentWeights(folder, {half: learned[half].tolist() for half in HALVES} if learned else {})
@@ -180,24 +190,25 @@ class Depth:
 
         What it says of a window stands under the window's first block. `scratch`: a folder to be made and removed.
         """
+        count = self.count(len(model.blocks))
         if self.criterion == "greedy_kl":
             units = [unit for block in range(len(model.blocks)) for unit in units_of(block, self.unit)]
             gone: list[Unit] = []
             steps: list[dict[Unit, float]] = []
-            while len(gone) < self.remove:
+            while len(gone) < count:
                 with _emptied(scratch):
                     steps.append(losses(model, tokens, scratch, units, gone))
                 gone.append(_least(steps[-1]))
             return gone, steps
-        span = self.remove if self.criterion == "window" else 1
+        span = count if self.criterion == "window" else 1
         with _emptied(scratch):
             found = turns(model, tokens, scratch, span)
         if self.criterion == "window":
             values = [turn.angular_distance for turn in found]
-            blocks = nearest_window(values, self.remove)
+            blocks = nearest_window(values, count)
         else:
             values = [turn.influence for turn in found]
-            blocks = least_influential(values, self.remove)
+            blocks = least_influential(values, count)
         return [(block, "") for block in blocks], [{(block, ""): value for block, value in enumerate(values)}]
 
     def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:

@@ -13,8 +13,8 @@ With `refit`, the layers behind each norm make up for what is gone. With H = E[y
 
     E‖y_gone - B y_kept‖² + λ‖B‖² is least at B = H_gone,kept (H_kept,kept + λI)⁻¹,
 
-and W_kept + W_gone B reads as much of y as is left in y_kept, whatever W is. Neither paper does that; it is exact only
-as far as the stream is what it was. A tied head is not refitted.
+and W_kept + W_gone B reads as much of y as can be told from y_kept, whatever W is. Neither paper does that. It knows
+the stream as it was, not what becomes of it; a `distill` stage behind this one sees that. A tied head is not refitted.
 
 The model is walked once as it is. Of each norm's H one is in memory at a time, the others in files.
 """
@@ -58,8 +58,6 @@ if TYPE_CHECKING:
     from compress.calibrate.block import Block
 
 Method = Literal["activity", "pca"]
-DAMPING = 1e-4
-"""λ over the mean of diag H. A few coordinates have most of the energy, and less must be left of what others say."""
 
 
 @dataclass(frozen=True)
@@ -106,36 +104,38 @@ class Hidden:
 
     def weights(self, folder: Folder, learned: Mapping[str, Tensor] | None = None) -> Weights:
         learned = learned or {"keep": torch.arange(folder.config["hidden_size"])}
-        missing = {name: tensor for name, tensor in learned.items() if name not in {"keep", "basis"}}
+        norms = [name.removesuffix(".share") for name in learned if name.endswith(".share")]
+        missing = {norm: (learned[f"{norm}.missing"], float(learned[f"{norm}.share"])) for norm in norms}
         return NarrowedWeights(folder, self._whole(folder.path, learned.get("basis")), learned["keep"], missing)
 
     def learn(self, model: LazyModel, tokens: Tensor, scratch: Path, schemes: Mapping[str, Scheme]) -> Learned:
         folder = model.weights.folder
         whole = LazyModel(self._whole(folder.path), dtype=model.dtype, device=str(model.device))
         width, size = width_of(whole.anatomy, whole.weights.tensors), folder.config["hidden_size"]
-        moment = torch.zeros(width, width, dtype=torch.float64)
-        scores = torch.zeros(width, dtype=torch.float64)
-        norms: list[str] = []
+        total, scores = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         try:
-            for norm, seen, activity in behind_norms(whole, tokens, scratch):
-                save_file({"moment": seen.hessian.cpu()}, scratch / f"{norm}.safetensors")
-                norms.append(norm)
-                moment += seen.hessian.cpu()
+            for norm, moments, activity in behind_norms(whole, tokens, scratch):
+                save_file({"moment": moments.hessian.cpu()}, scratch / f"{norm}.safetensors")
+                total += moments.hessian.cpu()
                 scores += hidden_scores([activity]).cpu()
-            turn = principal_basis(moment)[0] if self.method == "pca" else None
-            keep = torch.arange(size) if self.method == "pca" else choose(scores, size)
-            learned = {"keep": keep} if turn is None else {"keep": keep, "basis": turn}
-            for norm in norms if self.refit and size < width else ():
-                with naming(norm):
-                    learned[norm] = _missing(load_file(scratch / f"{norm}.safetensors")["moment"], turn, keep)
+            learned = {"keep": choose(scores, size)}
+            if self.method == "pca":
+                learned = {"keep": torch.arange(size), "basis": principal_basis(total)[0]}
+            for norm, layers in readers_of(whole.anatomy, whole.weights.tensors).items():
+                if self.refit and layers and size < width:
+                    moment = _turned(load_file(scratch / f"{norm}.safetensors")["moment"], learned)
+                    weight = whole.weights.read(f"{norm}.weight").double() + whole.anatomy.norm_offset
+                    with naming(norm):
+                        B, s = explained(moment, weight, learned["keep"])
+                    learned |= {f"{norm}.missing": B, f"{norm}.share": s}
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        energy = _turned(moment, turn).diagonal()
-        share = float(energy[keep].sum() / energy.sum())
-        told = f"{size} of {width} coordinates, with {share:.1%} of the energy behind norms"
-        return Learned(learned, {"kept": told, "energy": share})
+        energy = _turned(total, learned).diagonal()
+        share = float(energy[learned["keep"]].sum() / energy.sum())
+        kept = f"{size} of {width} coordinates, with {share:.1%} of the energy behind norms"
+        return Learned(learned, {"kept": kept, "energy": share})
 
     def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
         """Nothing is left to do."""
@@ -195,13 +195,18 @@ def behind_norms(
             hook.remove()
 
 
-def _turned(moment: Float[Tensor, "n n"], turn: Float[Tensor, "n n"] | None) -> Float[Tensor, "n n"]:
-    return moment if turn is None else turn.T @ moment.to(turn) @ turn
+def _turned(moment: Float[Tensor, "n n"], learned: Mapping[str, Tensor]) -> Float[Tensor, "n n"]:
+    basis = learned.get("basis")
+    return moment if basis is None else basis.T @ moment.to(basis) @ basis
 
 
-def _missing(
-    moment: Float[Tensor, "n n"], turn: Float[Tensor, "n n"] | None, keep: Int[Tensor, " kept"]
-) -> Float[Tensor, "gone kept"]:
-    """What the coordinates that go are in the mean, given those that stay."""
+def explained(
+    moment: Float[Tensor, "n n"], weight: Float[Tensor, " n"], keep: Int[Tensor, " kept"]
+) -> tuple[Float[Tensor, "gone kept"], Float[Tensor, ""]]:
+    """What those that stay say of the coordinates that go: B, and the share s of ‖x‖² that stays.
+
+    `moment`: E[y yᵀ] behind a norm that multiplies by `weight`.
+    """
     identity = torch.eye(len(moment), dtype=torch.float64)[others(keep, len(moment))]
-    return reconstruct(identity, _turned(moment, turn), keep, damping=DAMPING)[0].float()
+    energy = (moment.diagonal() / weight.square()).nan_to_num(0.0)  # 0/0 where the norm lets nothing through
+    return reconstruct(identity, moment, keep)[0].float(), energy[keep].sum() / energy.sum()

@@ -7,7 +7,7 @@ them, each on inputs that the sites before have already changed.
 
 The zeros are stored like any other weight. What they are worth depends on who reads them: 2:4 can be skipped by sparse
 tensor cores, unstructured zeros make a file that compresses well. A quantizer behind this stage has to leave zeros as
-they are, which `rtn` does.
+they are, which `rtn` and `gptq` do.
 """
 
 from __future__ import annotations

@@ -1,176 +1,267 @@
-"""Narrower blocks: channels of MLPs go, and heads of attention, and the matrices around them shrink."""
+"""Narrower blocks: channels inside MLPs go, and groups of heads that share keys and values, with all their queries.
+
+A unit feeds one layer W, the MLP's down projection or attention's output projection: as one column of it, or as the
+columns of a group's heads. It goes from there, and as rows from the layers that make it. `compress.core.channels` says
+which units go, and what W becomes for the inputs z_S that are left: `refit` solves
+
+    min E‖W z - W′ z_S - s‖² + λ‖W′ - W_S‖²
+
+on what the blocks pruned so far make of the calibration text; in the MLP, after the block's attention has shrunk. The
+shift s goes into W's bias if it has one, and is 0 if not.
+
+All blocks keep the same numbers, since config.json has one for all of them (as in Minitron, arXiv 2407.14679; in FLAP,
+2312.11983, blocks differ). Scores from gradients are left out: they take a pass backwards through the whole model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import os
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from compress.calibrate.observers import Moments
 from compress.core import channels
+from compress.core.channels import DAMPING, channels_of, choose, greedy_obs, reconstruct
+from compress.core.kv import heads_of
 from compress.core.metrics import relative_error
 from compress.core.scheme import Scheme
 from compress.core.widths import rounded_size
-from compress.models.headers import canonical
+from compress.errors import naming
+from compress.models.anatomy import Anatomy
+from compress.models.headers import Folder, canonical
 from compress.stage import LayerReport, Role
 
-ASYM = os.environ.get("ASYM", "")
+if TYPE_CHECKING:
+    from compress.calibrate.block import Block
+
 Score = Literal["magnitude", "wanda", "flap", "obs", "greedy_obs"]
-READERS = ("mlp.gate", "mlp.up", "mlp.gate_up", "attn.q", "attn.k", "attn.v")
-WRITERS = ("mlp.down", "attn.o")
+Counts = Mapping[str, tuple[int, int]]
+"""Part of a block, of those that shrink → how many of its units are kept, of how many."""
+UNITS = {"attn": "groups of heads", "mlp": "channels"}
+"""What each part of a block is made of, in the order in which they shrink."""
+MAKING = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "mlp.gate_up")
+"""Roles of the layers that make units: rows go."""
+FED = {"attn": "attn.o", "mlp": "mlp.down"}
+"""Part → role of the layer that its units feed: columns go."""
 
 
-def units_to_keep(weight, hessian, mean, count, size, score, damping):
-    if score == "magnitude":
-        return channels.choose(channels.magnitude(weight, size), count)
-    if score == "wanda":
-        return channels.choose(channels.wanda(weight, hessian, size), count)
-    if score == "flap":
-        return channels.choose(channels.flap(weight, hessian, mean, size), count)
-    if score == "obs":
-        return channels.choose(channels.obs(weight, hessian, size, damping=damping), count)
-    return channels.greedy_obs(weight, hessian, count, size, damping=damping)
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """What is left of a layer on fewer inputs."""
+
+    weight: Float[Tensor, "out kept"]
+    units: Int[Tensor, " units"]
+    """Those that stay, ascending."""
+    damping: float
+
+
+def narrowed(
+    weight: Float[Tensor, "out in"],
+    seen: Moments | None,
+    count: int,
+    size: int = 1,
+    *,
+    score: Score = "obs",
+    refit: bool = True,
+    damping: float = DAMPING,
+) -> Narrowed:
+    """A layer on `count` of its units of `size` inputs. `seen`: of its inputs; None: magnitudes alone, and no refit.
+
+    Raises as `compress.core.channels` does.
+    """
+    if seen is None or score == "magnitude":
+        units = choose(channels.magnitude(weight, size), count)
+    elif score == "wanda":
+        units = choose(channels.wanda(weight, seen.hessian, size), count)
+    elif score == "flap":
+        units = choose(channels.flap(weight, seen.hessian, seen.mean, size), count)
+    elif score == "obs":
+        units = choose(channels.obs(weight, seen.hessian, size, damping=damping), count)
+    else:
+        units = greedy_obs(weight, seen.hessian, count, size, damping=damping)
+    keep = channels_of(units, size)
+    if seen is None or not refit:
+        return Narrowed(weight[:, keep], units, damping)
+    solved, used = reconstruct(weight, seen.hessian, keep, damping=damping)
+    return Narrowed(solved, units, used)
+
+
+def centred(seen: Moments) -> Moments:
+    """Of the inputs less their mean: all that is to be explained where a bias takes up the mean."""
+    return replace(seen, hessian=seen.hessian - seen.mean.outer(seen.mean), mean=torch.zeros_like(seen.mean))
 
 
 @dataclass(frozen=True)
 class Width:
+    """The stage `width`."""
+
     name: ClassVar[str] = "width"
     role: ClassVar[Role] = "shaper"
+    two_streams: ClassVar[bool] = False
     for_inputs: ClassVar[bool] = False
 
     ffn: float = 1.0
+    """The share of an MLP's channels that stays."""
     heads: float = 1.0
+    """The share of the heads that stays, in whole groups of those that share keys and values."""
     score: Score = "obs"
     refit: bool = True
     multiple: int = 32
-    damping: float = 0.01
+    """What the channels of an MLP come in, for the sake of kernels."""
+    damping: float = DAMPING
+    """As a fraction of the Hessian's mean diagonal."""
 
-    @property
-    def two_streams(self):
-        return bool(ASYM)
+    def __post_init__(self) -> None:
+        for name, share in (("ffn", self.ffn), ("heads", self.heads)):
+            if not 0 < share <= 1:
+                raise ValueError(f"{name}={share} must be the share that stays, above 0 and at most 1")
+        if self.ffn == self.heads == 1:
+            raise ValueError("nothing would go: set ffn or heads below 1, as 0.75")
+        if self.score not in get_args(Score):
+            raise ValueError(f"score={self.score!r} must be one of {', '.join(get_args(Score))}")
+        if self.multiple < 1:
+            raise ValueError(f"multiple={self.multiple} must be at least 1; kernels like 32, 64 and 128")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping={self.damping} must be above 0 and at most 1; 0.01 is usual")
 
     @property
     def calibrated(self) -> bool:
-        return True
+        return self.score != "magnitude" or self.refit
 
-    def problems(self, folder, anatomy):
-        return []
-
-    def counts(self, folder, anatomy):
-        tensors = canonical(folder.tensors, anatomy)
-        shapes = {}
-        for layer, role in anatomy.roles.items():
-            shape = tensors[f"{anatomy.blocks}.0.{layer}.weight"].shape
-            shapes[role] = shape[::-1] if anatomy.transposed else shape
-        total = shapes["mlp.down"][1]
-        found = {"mlp": (rounded_size(self.ffn * total, total, self.multiple), total), "attn": (1, 1)}
+    def counts(self, folder: Folder, anatomy: Anatomy) -> Counts:
+        """How many units each part keeps, in every block."""
+        counts = {}
         if self.heads < 1:
-            head_dim = shapes["attn.q"][0] // folder.config["num_attention_heads"]
-            groups = shapes["attn.k"][0] // head_dim
-            found["attn"] = (rounded_size(self.heads * groups, groups), groups)
-        return found, shapes
+            groups, _ = heads_of(folder.config)
+            counts["attn"] = rounded_size(self.heads * groups, groups), groups
+        if self.ffn < 1:
+            down = next(layer for layer, role in anatomy.roles.items() if role == FED["mlp"])
+            shape = canonical(folder.tensors, anatomy)[f"{anatomy.blocks}.0.{down}.weight"].shape
+            width = shape[0] if anatomy.transposed else shape[1]
+            counts["mlp"] = rounded_size(self.ffn * width, width, self.multiple), width
+        return counts
 
-    def folder(self, folder, anatomy):
-        counts, shapes = self.counts(folder, anatomy)
+    def problems(self, folder: Folder, anatomy: Anatomy) -> list[str]:
+        found = []
+        if self.ffn < 1 and not anatomy.ffn_size:
+            found.append(f"{anatomy.family}: it is not known by which key its config tells ffn. Set ffn: 1.0")
+        if self.heads < 1 and anatomy.fixed_heads:
+            found.append(f"{anatomy.family}: heads cannot go, because {anatomy.fixed_heads}. Set heads: 1.0")
+        if found:
+            return found
+        counts = self.counts(folder, anatomy)
+        if "mlp" in counts and counts["mlp"][0] == counts["mlp"][1]:
+            found.append(
+                f"ffn={self.ffn} of {counts['mlp'][1]} channels, in multiples of {self.multiple}, is all of them. "
+                "Lower the multiple, or set ffn: 1.0"
+            )
+        if "attn" in counts:
+            found += self._impossible_heads(folder.config, anatomy, *counts["attn"])
+        return found
+
+    def folder(self, folder: Folder, anatomy: Anatomy) -> Folder:
+        counts = self.counts(folder, anatomy)
         tensors = dict(folder.tensors)
         for name, header in canonical(folder.tensors, anatomy).items():
-            path, _, leaf = name.rpartition(".")
-            role = anatomy.roles.get(path.removeprefix(f"{anatomy.blocks}.").partition(".")[2], "")
-            axis = 0 if role in READERS else 1 if role in WRITERS and leaf == "weight" else None
-            if axis is not None:
-                kept, total = counts[role.partition(".")[0]]
-                axis = 1 - axis if anatomy.transposed and len(header.shape) == 2 else axis
-                shape = list(header.shape)
-                shape[axis] = shape[axis] * kept // total
-                tensors[header.name] = replace(header, shape=tuple(shape))
-        config = dict(folder.config)
-        if self.ffn < 1:
-            config[anatomy.ffn_size] = counts["mlp"][0]
-        if self.heads < 1:
-            kept, total = counts["attn"]
-            heads = config["num_attention_heads"]
-            config |= {"head_dim": shapes["attn.q"][0] // heads, "num_attention_heads": heads * kept // total, "num_key_value_heads": kept}
-        return replace(folder, config=config, tensors=tensors)
+            layer, _, leaf = name.removeprefix(f"{anatomy.blocks}.").partition(".")[2].rpartition(".")
+            role = anatomy.roles.get(layer, "")
+            part = role.partition(".")[0]
+            if part in counts and (role in MAKING or leaf == "weight"):
+                kept, total = counts[part]
+                axis = int((role in MAKING) == (anatomy.transposed and leaf == "weight"))
+                shape = (*header.shape[:axis], header.shape[axis] * kept // total, *header.shape[axis + 1 :])
+                tensors[header.name] = replace(header, shape=shape)
+        return replace(folder, config=resized(folder.config, anatomy, counts), tensors=tensors)
 
-    def shape(self, block):
-        if ASYM:
-            block.reference
-        counts, _ = self.counts(block.model.weights.folder, block.model.anatomy)
-        reports = []
-        if self.heads < 1:
-            reports.append(self._narrow(block, "attn", *counts["attn"]))
-        if self.ffn < 1:
-            reports.append(self._narrow(block, "mlp", *counts["mlp"]))
-        return reports
+    def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
+        """Nothing is left to do: see `shape`."""
+        return []
 
-    def _narrow(self, block, part, count, total):
-        site = next(site for site in block.sites if site.roles[0] in WRITERS and site.roles[0].startswith(part))
+    def shape(self, block: Block) -> list[LayerReport]:
+        """Narrow one block."""
+        counts = self.counts(block.model.weights.folder, block.model.anatomy)
+        return [self._narrow(block, part, *counts[part]) for part in UNITS if part in counts]
+
+    def _narrow(self, block: Block, part: str, kept: int, total: int) -> LayerReport:
+        site = next(site for site in block.sites if FED[part] in site.roles)
         name = site.layers[0]
-        cross = ASYM in ("cross", "both")
-        m = block.moments(site, cross=bool(cross))
-        W = block.weight(name)
-        size = W.shape[1] // total
-        H = m.hessian
-        bias = block.has_bias(name) and self.refit
-        if bias:
-            H = H - torch.outer(m.mean, m.mean)
-        keep = units_to_keep(W, m.hessian if self.score == "flap" else H, m.mean, count, size, self.score, self.damping)
-        chan = channels.channels_of(keep, size)
-        new = W[:, chan]
-        if self.refit:
-            target = W
-            C = m.cross if cross else None
-            if part == "mlp" or ASYM != "residual":
-                new, _ = channels.reconstruct(W, H, chan, C, damping=self.damping)
-            if ASYM in ("residual", "both"):
-                # add: E[(x - xhat) zhat_S^T] (H_SS+λ)^-1, residual correction
-                D = residual_moment(block, site)[:, chan]
-                from compress.core.linalg import inverse_cholesky
-                upper, _ = inverse_cholesky(H, self.damping, chan)
-                a = float(os.environ.get("ALPHA", "1"))
-                new = (new.double() + a * D @ upper.T @ upper).to(W)
-        dt = block.model.weights.dtype(f"{name}.weight")
-        stored = new.to(dt).float()
-        full = torch.zeros_like(W)
-        full[:, chan] = stored
-        error = relative_error(W, full, H)
-        nb = None
-        if bias:
-            old = block.vector(f"{name}.bias")
-            nb = (old + (W.double() @ m.mean - stored.double() @ m.mean[chan]).float()).to(dt).float()
-        for s in block.sites:
-            for layer, role in zip(s.layers, s.roles):
-                if role in READERS and role.startswith(part):
-                    w = block.weight(layer)
-                    rows = torch.cat([keep, keep + total]) if role == "mlp.gate_up" else channels.channels_of(keep, len(w) // total)
-                    block.rewrite(layer, w[rows], block.vector(f"{layer}.bias")[rows] if block.has_bias(layer) else None)
-        block.rewrite(name, stored, nb)
-        return LayerReport(name, f"{count} of {total}", error)
+        weight, bias = block.weight(name), None
+        observed = block.moments(site) if self.calibrated else None
+        shifts = self.refit and block.has_bias(name)
+        seen = centred(observed) if observed and shifts else observed
+        size = weight.shape[1] // total
+        with naming(name):
+            left = narrowed(weight, seen, kept, size, score=self.score, refit=self.refit, damping=self.damping)
+        stored = _as_stored(block, name, left.weight)
+        spread = torch.zeros_like(weight).index_copy_(1, channels_of(left.units, size), stored)
+        if observed and shifts:
+            bias = block.vector(f"{name}.bias") + (weight - spread) @ observed.mean.to(weight)
+            bias = _as_stored(block, name, bias)
+        for making in block.sites:
+            for layer, role in zip(making.layers, making.roles, strict=True):
+                if role in MAKING and role.startswith(part):
+                    _keep_rows(block, layer, _rows(left.units, total, role, len(block.weight(layer))))
+        block.rewrite(name, stored, bias)
+        raised = f"damping {left.damping:g}, not {self.damping:g}: the Hessian was not positive definite"
+        return LayerReport(
+            name,
+            f"{total} → {kept} {UNITS[part]}",
+            relative_error(weight, spread, seen.hessian if seen else None),
+            raised if left.damping > self.damping else None,
+        )
+
+    def _impossible_heads(self, config: Mapping[str, Any], anatomy: Anatomy, kept: int, total: int) -> list[str]:
+        if kept == total:
+            return ["all heads share one head of keys and values, so none can go. Set heads: 1.0"]
+        reason = refusal(resized(config, anatomy, {"attn": (kept, total)}))
+        if not reason:
+            return []
+        fits = [n for n in range(1, total) if not refusal(resized(config, anatomy, {"attn": (n, total)}))]
+        advice = " or ".join(f"{n / total:.3g}" for n in fits) or "1.0"
+        return [
+            f"heads={self.heads} leaves {kept} of {total} groups, and transformers says: {reason} Set heads: {advice}"
+        ]
 
 
-def residual_moment(block, site):
-    """E[(x - x̂) ẑᵀ]: x the residual stream before this sublayer's output in the original, x̂ here."""
-    total = None
-    n = 0
-    # pre-sublayer residual: attention: block inputs; mlp: block input + attention output
-    attn = site.roles[0] == "attn.o"
-    ref = block.reference
-    o_site = next(s for s in block.sites if s.roles[0] == "attn.o")
-    W_o = block.model.weights.read(f"{o_site.layers[0]}.weight").float()
-    o_now = block.weight(o_site.layers[0])
-    os_in = [b.clone() for b in block._inputs_of(o_site)] if not attn else None
-    for i, (start, z) in enumerate(zip(block._starts, block._inputs_of(site))):
-        x = ref.inputs.read(start, start + block.batch).float()
-        xh = block.inputs.read(start, start + block.batch).float()
-        if not attn:
-            x = x + ref.sites[o_site.index].read(start, start + block.batch).float() @ W_o.T
-            xh = xh + os_in[i].float() @ o_now.T
-        d = (x - xh).flatten(0, -2).double()
-        zz = z.float().flatten(0, -2).double()
-        total = d.T @ zz + (0 if total is None else total)
-        n += len(d)
-    return total / n
+def resized(config: Mapping[str, Any], anatomy: Anatomy, counts: Counts) -> dict[str, Any]:
+    """The config of a model with so many units."""
+    changed = dict(config)
+    if "mlp" in counts:
+        changed[anatomy.ffn_size], _ = counts["mlp"]
+    if "attn" in counts:
+        kept, total = counts["attn"]
+        heads, (_, head_dim) = config["num_attention_heads"] * kept // total, heads_of(config)
+        changed |= {"num_attention_heads": heads, "num_key_value_heads": kept, "head_dim": head_dim}
+    return changed
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """What transformers has against a config, None where it takes it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(**config)
+    except (StrictDataclassError, ValueError) as error:
+        return str(error.__cause__ or error)
+    return None
+
+
+def _rows(units: Int[Tensor, " units"], total: int, role: str, count: int) -> Int[Tensor, " rows"]:
+    """The rows, of `count`, that make these of `total` units."""
+    if role == "mlp.gate_up":
+        return torch.cat([units, units + total])
+    return channels_of(units, count // total)
+
+
+def _keep_rows(block: Block, name: str, rows: Int[Tensor, " rows"]) -> None:
+    bias = block.vector(f"{name}.bias")[rows] if block.has_bias(name) else None
+    block.rewrite(name, block.weight(name)[rows], bias)
+
+
+def _as_stored(block: Block, name: str, value: Tensor) -> Tensor:
+    return value.to(block.model.weights.dtype(f"{name}.weight")).float()

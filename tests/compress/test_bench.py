@@ -41,19 +41,17 @@ def test_two_models_are_measured_in_one_run(tiny: Path, small: Path, capsys: pyt
     assert (result["warning"] is not None) == slower
 
 
-def test_one_model_alone_has_no_ratio(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(tiny), *SHORT]) == 0
+def test_one_model_alone_has_no_ratio_and_its_quantized_cache_is_measured_with_it(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = parse("stages: [{kv_cache: {scheme: kv8}}]", "x.yaml")
+    compress.run(stages, model=str(tiny), output=tmp_path / "out", overrides=["evaluation.samples=1"])
+    assert main(["bench", str(tmp_path / "out"), *SHORT]) == 0
     told = capsys.readouterr().out
+    assert "bfloat16 with kv8" in told
     assert "writing, tokens/s" in told
     assert "16 tokens read and 4 written, batch 1" in told
     assert "ratio" not in told
-
-
-def test_a_checkpoint_with_a_quantized_cache_is_measured_with_it(tiny: Path, tmp_path: Path) -> None:
-    stages = parse("stages: [{kv_cache: {scheme: kv8}}]", "x.yaml")
-    compress.run(stages, model=str(tiny), output=tmp_path / "out", overrides=["evaluation.samples=1"])
-    work = Work(prompt_tokens=16, tokens=4, repetitions=3, threads=1)
-    assert bench(str(tmp_path / "out"), work=work)["scheme"] == "bfloat16 with kv8"
 
 
 def test_a_folder_that_is_none_is_one_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,3 +22,9 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return made.view(torch.uint8).fill_(255).view(made.dtype) if made.itemsize == 1 else made.fill_(torch.nan)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triton's cache for all tests that compile ahead of time: some compile the same kernel."""
+    return tmp_path_factory.mktemp("compiled")

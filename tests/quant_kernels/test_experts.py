@@ -101,17 +101,26 @@ def check(arguments: dict[str, Any], y: Tensor, swap: bool) -> None:
     assert bool(((y.cpu().double() - expected).abs() <= allowed).all())
 
 
+CASES = [
+    pytest.param(*case, *rest, id=" ".join(map(str, (*case, *rest))))
+    for case, *rest in zip(
+        product(CONFIGS, LAYERS, ZEROS), cycle([*DTYPES, *DTYPES, DTYPES[0]]), cycle((False, True, False, True, True)),
+        strict=False,
+    )
+]  # fmt: skip
+"""Every configuration and layer with all zeros; types, and whether pairs have rows of their own, go through all pairs
+with each: their periods have no common factor with these numbers."""
+
+
 @needs_kernels
-@pytest.mark.parametrize("zero", ZEROS)
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("config", "layer", "zero", "dtype", "row_per_pair"), CASES)
 def test_each_pair_gets_the_formula_of_its_expert(
-    config: Config, layer: tuple[int, ...], zero: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(monkeypatch, config)
-    for dtype in DTYPES if zero == "integer" else DTYPES[:1]:
-        arguments = problem(*layer, dtype, zero, row_per_pair=dtype == torch.bfloat16)
-        check(arguments, run(arguments), config.swap)
+    config: str, layer: tuple[int, ...], zero: str, dtype: torch.dtype, row_per_pair: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    use(monkeypatch, CONFIGS[config])
+    arguments = problem(*layer, dtype, zero, row_per_pair)
+    check(arguments, run(arguments), CONFIGS[config].swap)
 
 
 @needs_kernels
@@ -319,7 +328,7 @@ def test_blocks_are_as_tall_as_an_expert_has_tokens() -> None:
 
 def test_the_operator_meets_the_contract_of_torch_library() -> None:
     for combine in (False, True):
-        arguments = problem(3, 2, 4, 17, 160, 32)
+        arguments = problem(2, 1, 2, 17, 32, 32)
         torch.library.opcheck(torch.ops.netsuke.w4a16_experts, (*arguments.values(), combine))
 
 

@@ -87,19 +87,25 @@ def check(arguments: dict[str, Tensor | None], y: Tensor) -> None:
     assert bool(((y.cpu().double() - expected).abs() <= allowed).all())
 
 
+CASES = [
+    pytest.param(*case, dtype, id=f"{' '.join(map(str, case))} {dtype}")
+    for case, dtype in zip(product(CONFIGS, LAYERS, FORMATS), cycle([*DTYPES, *DTYPES, DTYPES[0]]), strict=False)
+]
+"""Every configuration and layer in both formats; types go through all pairs with each: their period has no common
+factor with these numbers."""
+
+
 @needs_kernels
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("config", "layer", "form", "dtype"), CASES)
 def test_the_result_is_the_formula(
-    config: Config, layer: tuple[int, int, int], form: str, monkeypatch: pytest.MonkeyPatch
+    config: str, layer: tuple[int, int, int], form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, config)
-    for dtype in DTYPES:
-        arguments = problem(form, *layer, dtype)
-        check(arguments, run(arguments))
-    arguments["bias"] = None
+    use(monkeypatch, CONFIGS[config])
+    arguments = problem(form, *layer, dtype)
     check(arguments, run(arguments))
+    if dtype != torch.float16:  # which has no bits for results as small as they are without a bias
+        arguments["bias"] = None
+        check(arguments, run(arguments))
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +117,25 @@ def check(arguments: dict[str, Any], y: Tensor) -> None:
     assert worst <= 1, f"{worst:.2f} times the error that rounding explains"
 
 
+CASES = [
+    pytest.param(*case, *rest, id=" ".join(map(str, (*case, *rest))))
+    for case, *rest in zip(
+        product(OPERATORS, CONFIGS, SIZES), cycle(SCALED), cycle([*DTYPES, *DTYPES, DTYPES[0]]), strict=False
+    )
+]
+"""Every configuration and size of both operators; scales and types go through all pairs with each, and with each other:
+their periods have no common factor with these numbers."""
+
+
 @needs_kernels
-@pytest.mark.parametrize("scaled", SCALED)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(("operator", "name", "size", "scaled", "dtype"), CASES)
 def test_the_result_is_the_formula(
-    operator: str, name: str, size: tuple[int, int, int], scaled: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    operator: str, name: str, size: tuple[int, int, int], scaled: str, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     config = CONFIGS[name]
     use(monkeypatch, replace(config, block_n=128) if scaled == "groups" else config)
-    arguments = problem(operator, *size, scaled, DTYPES[sum(size) % len(DTYPES)])
+    arguments = problem(operator, *size, scaled, dtype)
     check(arguments, run(operator, arguments))
 
 
@@ -466,8 +474,8 @@ for each in fp8.gates():
 
 
 @pytest.mark.slow
-def test_sums_of_128_products_are_added_up_by_float32_instructions(tmp_path: Path) -> None:
+def test_sums_of_128_products_are_added_up_by_float32_instructions(compiled_kernels: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(compiled_kernels)}
     done = subprocess.run([sys.executable, "-c", FRESH_SUMS], env=environment, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stdout + done.stderr

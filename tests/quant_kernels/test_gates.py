@@ -88,12 +88,12 @@ def test_every_operator_has_kernels_that_are_compiled_on_every_commit(operators:
 
 
 @pytest.mark.slow
-def test_the_representative_kernels_compile_as_recorded(tmp_path: Path, operators: tuple[str, ...]) -> None:
+def test_the_representative_kernels_compile_as_recorded(compiled_kernels: Path, operators: tuple[str, ...]) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "scripts" / "compile_kernels.py"), "--representative"]
     done = subprocess.run(
         command,
-        env=environment | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)},
+        env=environment | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(compiled_kernels)},
         capture_output=True,
         text=True,
     )

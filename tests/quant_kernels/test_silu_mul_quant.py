@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:Runt
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_kernels = pytest.mark.skipif(not INTERPRETED and DEVICE.type == "cpu", reason="needs a GPU or the interpreter")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-SHAPES = [(1, 1), (3, 17), (33, 130), (17, 1000), (2, 4097)]
+SHAPES = [(1, 1), (33, 17), (17, 130), (3, 1000), (2, 4097)]
 """Tokens, inputs."""
+CASES = [(*case, activation) for case, activation in zip(product(SHAPES, FLOATS), cycle(ACTIVATIONS), strict=False)]
+"""Each shape in each type, by turns with either activation, of which both come with each of them."""
 HALF = 0.501
 """How far a code may be from the exact quotient."""
 
@@ -56,9 +59,7 @@ def check(both: Tensor, activation: str, results: tuple[Tensor, Tensor, Tensor])
 
 @needs_kernels
 @pytest.mark.usefixtures("_passes")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "activation"), CASES, ids=str)
 def test_codes_are_the_nearest(shape: tuple[int, int], dtype: torch.dtype, activation: str) -> None:
     both = gate_and_up(*shape, dtype)
     check(both, activation, quantize(both, None, activation))

@@ -132,7 +132,7 @@ def test_sums_are_exact_to_the_last_integer(operator: str, name: str, monkeypatc
 
 @needs_kernels
 def test_the_largest_sum_that_is_let_in_does_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Config(16, 16, block_k=256))
+    use(monkeypatch, Config(16, 16, block_k=1024))
     inputs = w4a8.MAX_INPUTS_GROUPED
     arguments = problem("w4a8_grouped", 1, 1, inputs)
     arguments["x"].fill_(-128)
@@ -381,9 +381,9 @@ for each in w4a8.gates():
 
 
 @pytest.mark.slow
-def test_the_four_codes_that_share_a_register_are_neighbours_in_a_row(tmp_path: Path) -> None:
+def test_the_four_codes_that_share_a_register_are_neighbours_in_a_row(compiled_kernels: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(compiled_kernels)}
     done = subprocess.run([sys.executable, "-c", LAYOUTS], env=environment, capture_output=True, text=True)
     layouts = done.stdout.splitlines()
     assert len(layouts) >= 8, done.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -82,10 +82,12 @@ def check(arguments: dict[str, Any], y: Tensor) -> None:
     assert worst <= 1, f"{worst:.2f} times the error that rounding explains"
 
 
+CASES = [*zip([*product(CONFIGS, SIZES)] * 2, cycle([*QUANTIZED, *QUANTIZED[:3]]), strict=False)]
+"""Every configuration and size twice; kinds of activations, with a period of seven, go through all pairs with each."""
+
+
 @needs_kernels
-@pytest.mark.parametrize("quantized", QUANTIZED)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "size", "quantized"), [(*case, quantized) for case, quantized in CASES], ids=str)
 def test_only_scales_and_bias_round(
     name: str, size: tuple[int, int, int], quantized: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

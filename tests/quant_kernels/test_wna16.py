@@ -95,23 +95,27 @@ def check(arguments: Arguments, y: Tensor, swap: bool) -> None:
 
 
 CASES = [
-    pytest.param(bits, CONFIGS[config], layer, zero, id=f"{bits} bits, {config}, {layer}, {zero}")
-    for (bits, config, layer), zero in zip(product(BITS, CONFIGS, LAYERS), cycle(ZEROS), strict=False)
-]
-"""Every width, configuration and layer; zeros, of which there are three, go through all pairs with each."""
+    pytest.param(*case, zero, dtype, bias, id=f"{' '.join(map(str, case))} {zero} {dtype} {bias}")
+    for case, (zero, dtype), bias in zip(
+        product(BITS, CONFIGS, LAYERS), cycle(product(ZEROS, DTYPES)), cycle((True, True, False, True, False)),
+        strict=False,
+    )
+]  # fmt: skip
+"""Every width, configuration and layer; zeros with types, and whether there is a bias, go through all pairs with each:
+their periods have no common factor with the number of layers."""
 
 
 @needs_kernels
-@pytest.mark.parametrize(("bits", "config", "layer", "zero"), CASES)
+@pytest.mark.parametrize(("bits", "config", "layer", "zero", "dtype", "bias"), CASES)
 def test_the_result_is_the_formula(
-    bits: int, config: Config, layer: tuple[int, int, int, int], zero: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(monkeypatch, config)
-    for dtype in DTYPES:
-        arguments = problem(bits, *layer, dtype, zero)
-        check(arguments, run(arguments), config.swap)
-    arguments["bias"] = None
-    check(arguments, run(arguments), config.swap)
+    bits: int, config: str, layer: tuple[int, int, int, int], zero: str, dtype: torch.dtype, bias: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    use(monkeypatch, CONFIGS[config])
+    arguments = problem(bits, *layer, dtype, zero)
+    if not bias:
+        arguments["bias"] = None
+    check(arguments, run(arguments), CONFIGS[config].swap)
 
 
 @pytest.mark.parametrize("zero", ZEROS)

@@ -13,13 +13,11 @@ from compress.recipe import load, shipped
 
 def shrunk(name: str) -> list[str]:
     """Overrides that fit a shipped recipe to three small blocks of random weights."""
-    stages = [
-        stage.name
-        for stage in load(name).stages
-        if stage.role == "quantizer" and stage.resolved.weights.group_size == 128
-    ]
+    stages = load(name).stages
+    grouped = [stage.name for stage in stages if stage.role == "quantizer" and stage.resolved.weights.group_size == 128]
+    learning = [stage.name for stage in stages if hasattr(stage, "iterations")]
     small = ["calibration.samples=4", "calibration.sequence_length=32", "evaluation.samples=2", "gates={}"]
-    return [*small, *(f"{stage}.group_size=32" for stage in stages)]
+    return [*small, *(f"{stage}.group_size=32" for stage in grouped), *(f"{stage}.iterations=20" for stage in learning)]
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -109,12 +109,14 @@ def test_a_report_is_rendered_with_gaps_and_failures() -> None:
     assert "torch _int_mm: int32 results, no scales." in text
 
 
-def test_a_run_is_rendered_without_a_gpu(tmp_path: Path) -> None:
+def test_a_run_is_rendered_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps(REPORT | {"results": [row("w4a16", 1, 4.0)]}))
-    done = run("bench_kernels.py", "--render", str(file))
-    assert done.returncode == 0, done.stderr
-    assert "| w4a16 | 4.0 |" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--render", str(file)])
+    assert bench_kernels.main() == 0
+    assert "| w4a16 | 4.0 |" in capsys.readouterr().out
 
 
 def test_a_run_is_published_between_the_marks_with_a_picture(tmp_path: Path) -> None:
@@ -201,11 +203,23 @@ def test_a_machine_without_a_gpu_is_told_so(script: str) -> None:
     assert done.stderr.startswith("error: torch sees no CUDA device here")
 
 
-@pytest.mark.parametrize("script", ["bench_kernels.py", "tune_kernels.py"])
-def test_help_and_bad_arguments(script: str) -> None:
-    assert "--layers" in run(script, "--help").stdout
-    assert "0 is not positive" in run(script, "--tokens", "0").stderr
-    assert "invalid choice: '7B'" in run(script, "--layers", "7B").stderr
+@pytest.mark.parametrize("script", [bench_kernels, tune_kernels], ids=["bench_kernels", "tune_kernels"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], "--layers"),
+        (["--tokens", "0"], "0 is not positive"),
+        (["--layers", "7B"], "invalid choice: '7B'"),
+    ],
+)
+def test_help_and_bad_arguments(
+    arguments: list[str], words: str, script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
+    with pytest.raises(SystemExit):
+        script.main()
+    printed = capsys.readouterr()
+    assert words in (printed.out if arguments == ["--help"] else printed.err)
 
 
 @pytest.mark.parametrize("block_k", [False, True])

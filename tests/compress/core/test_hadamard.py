@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from compress.core.hadamard import Rotation, factors, hadamard, kronecker, largest_power_of_two, random_rotation
 
-SIZES = (1, 2, 3, 5, 12, 28, 36, 43, 64, 108, 172, 384, 768, 896, 1024, 3072)
-FLAT = (1, 2, 4, 12, 20, 24, 28, 36, 44, 60, 64, 76, 84, 108, 128, 384, 768, 896, 3072)
+SIZES = (1, 2, 3, 5, 12, 28, 36, 43, 64, 108, 172, 384, 768, 896, 1024, 1536)
+FLAT = (1, 2, 4, 12, 20, 24, 28, 36, 44, 60, 64, 76, 84, 108, 128, 384, 768, 896, 1536)
 
 
 def identity(size: int) -> torch.Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,20 +28,25 @@ VOCABULARY, LENGTH, BATCH = 48, 16, 4
 TRAINING = Training(
     tokens=10 * BATCH * LENGTH, batch_size=BATCH, learning_rate=5e-3, evaluate_every=5, precision="float32"
 )
-AS_SCRIPT = """
-import json, sys
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["accelerate", "compress.distill.train", "transformers.models.gpt2.modeling_gpt2",
+     "transformers.models.llama.modeling_llama"]
+)  # fmt: skip
+IN_A_PROCESS = """
+import json, os
 from pathlib import Path
 import torch
 from compress.distill.objective import Objective
 from compress.distill.train import Training, train
 
-folder, *runs = sys.argv[1:]
-given = torch.load(f"{folder}/windows.pt")
-for run in map(json.loads, runs):
-    models = Path(folder, run["student"]), Path(folder, run["teacher"])
-    options = Training(**run["training"]), Objective(**run["objective"])
-    trained = train(*models, *given, *options, Path(run["work"]), lambda *_: None)
-    print(json.dumps(trained.curve))
+os.environ |= world
+for training, objective, student, teacher, work in runs:
+    options = Training(**training), Objective(**objective)
+    told = []
+    given = *torch.load(models / "windows.pt"), *options, work, lambda *words: told.append(words)
+    trained = train(models / student, models / teacher, *given)
+    work.with_name(work.name + world["RANK"] + ".json").write_text(json.dumps([trained.curve, len(told)]))
 """
 
 
@@ -52,7 +56,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     And the same in GPT-2, with dropout, and values in one matrix with queries and keys."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    shared = {"vocab_size": VOCABULARY, "tie_word_embeddings": True, "initializer_range": 0.3}
+    shared = {
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     torch.manual_seed(0)
     llama = LlamaConfig(num_hidden_layers=2, **sizes, **shared)
     narrow = LlamaConfig(num_hidden_layers=1, **{name: size // 2 for name, size in sizes.items()}, **shared)
@@ -151,51 +161,52 @@ ROUNDING = 10 * BATCH * LENGTH * 2**-24
 """What summing the losses of a batch in another order can change, relative, and again in each of ten steps."""
 
 
+def start(models: Path, runs: list[Any], world: dict[str, str]) -> Any:
+    """Train in a process of its own, which has imported everything and done nothing."""
+    process = PROCESSES.Process(target=exec, args=(IN_A_PROCESS, {"models": models, "runs": runs, "world": world}))
+    process.start()
+    return process
+
+
 def test_two_processes_follow_the_curve_of_one(models: Path, tmp_path: Path) -> None:
-    objective = {"hidden": 0.5, "cross_entropy": 0.2}
-    trainings = [replace(TRAINING, clip=2.0, micro_batch=1), replace(TRAINING, clip=2.0, teacher_top_k=8)]
-    objectives = [Objective(**objective), Objective()]
+    options = [
+        (replace(TRAINING, clip=2.0, micro_batch=1), Objective(hidden=0.5, cross_entropy=0.2)),
+        (replace(TRAINING, clip=2.0, teacher_top_k=8), Objective()),
+    ]
     runs = [
-        {"training": asdict(each), "objective": asdict(wanted), "student": "student", "teacher": "teacher"}
-        for each, wanted in zip(trainings, objectives, strict=True)
+        (asdict(training), asdict(objective), "student", "teacher", tmp_path / f"two-{index}")
+        for index, (training, objective) in enumerate(options)
     ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    arguments = [json.dumps(each | {"work": str(tmp_path / f"two-{index}")}) for index, each in enumerate(runs)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", AS_SCRIPT, str(models), *arguments],
-            env=os.environ | world | {"ACCELERATE_USE_CPU": "true", "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            text=True,
+        port = str(free.getsockname()[1])
+    world = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [start(models, runs, world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    alone = [run(models, tmp_path / f"one-{index}", *each).curve for index, each in enumerate(options)]
+    for process in processes:
+        process.join()
+    for index, curve in enumerate(alone):
+        (first, told), (second, nothing) = (
+            json.loads((tmp_path / f"two-{index}{rank}.json").read_text()) for rank in "01"
         )
-        for rank in "01"
-    ]
-    alone = [
-        run(models, tmp_path / f"one-{index}", *each).curve
-        for index, each in enumerate(zip(trainings, objectives, strict=True))
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert outputs[0] == outputs[1]
-    for line, curve in zip(outputs[0].splitlines(), alone, strict=True):
+        assert first == second
+        assert told >= len(curve) - 1
+        assert nothing == 0, "the main process alone tells"
         for name in ("loss", "held_out"):
-            assert_close(column(json.loads(line), name), column(curve, name), rtol=ROUNDING, atol=0)
+            assert_close(column(first, name), column(curve, name), rtol=ROUNDING, atol=0)
 
 
 def test_a_killed_training_goes_on_to_the_same_weights_bit_for_bit(models: Path, tmp_path: Path) -> None:
     """With dropout, and text that the student writes: both take chances."""
     names = {"student": "gpt2-student", "teacher": "gpt2-teacher"}
     training = replace(TRAINING, tokens=20 * BATCH * LENGTH, checkpoint_every=1, on_policy=0.3)
-    argument = {"training": asdict(training), "objective": {}, "work": str(tmp_path / "killed")} | names
-    process = subprocess.Popen([sys.executable, "-c", AS_SCRIPT, str(models), json.dumps(argument)])
-    while len(found := list(tmp_path.glob("killed/checkpoint-0000000[3-9]"))) == 0:
-        assert process.poll() is None, "it ended before it could be killed"
+    process = start(models, [(asdict(training), {}, *names.values(), tmp_path / "killed")], {})
+    while not list(tmp_path.glob("killed/checkpoint-0000000[3-9]")):
+        assert process.is_alive(), "it ended before it could be killed"
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert found
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "trained").exists()
     told: list[str] = []
     resumed = run(models, tmp_path / "killed", training, tell=lambda *each: told.append(each[2]), **names)
@@ -264,6 +275,20 @@ def test_only_what_the_student_writes_counts_where_it_writes(models: Path, tmp_p
 def test_a_student_of_other_widths_learns_from_states(models: Path, tmp_path: Path, objective: Objective) -> None:
     loss = column(run(models, tmp_path / "work", TRAINING, objective, student="narrow", count=4).curve, "loss")
     assert loss[-1] < 0.99 * loss[0]
+
+
+def test_what_a_stage_put_into_the_student_is_trained_and_comes_back(models: Path, tmp_path: Path) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * self.log_scale.exp()
+
+    def prepare(model: nn.Module) -> None:
+        layer = model.get_submodule("model.layers.1.mlp.down_proj")
+        layer.log_scale, layer.__class__ = nn.Parameter(torch.zeros(1)), Scaled
+
+    state = run(models, tmp_path / "work", prepare=prepare).state
+    assert state["model.layers.1.mlp.down_proj.log_scale"].abs() > 0
+    assert len(state) == len(list(opened(models, "student").parameters())) + 1
 
 
 def test_without_a_teacher_there_is_cross_entropy(models: Path, tmp_path: Path) -> None:

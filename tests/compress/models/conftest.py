@@ -48,6 +48,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "llama trunk": ("LlamaConfig", "LlamaModel", GROUPED),
     "mistral": ("MistralConfig", "MistralForCausalLM", GROUPED | {"sliding_window": 4}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", GROUPED | {"num_local_experts": 4}),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", SHAPE | {"num_key_value_heads": 2}),
     "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", SHAPE | {"num_key_value_heads": 2, "sliding_window": 4}),
     "opt": ("OPTConfig", "OPTForCausalLM", OPT),
@@ -60,6 +61,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", "Phi3ForCausalLM", SHAPE | {"num_key_value_heads": 2}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", SHAPE | {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    ),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", SHAPE | {"num_key_value_heads": 2}),
 }
 

@@ -205,11 +205,13 @@ def test_by_influence_the_idle_block_goes_and_a_stage_behind_works_on_the_others
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ("remove: 0", "remove=0 must be at least 1; 1 is usual"),
+        ("remove: 0", "remove=0 must be a whole number of units, or a share of them below 1"),
+        ("remove: 1.5", "remove=1.5 must be a whole number of units, or a share of them below 1"),
         ("remove: 1, samples: 0", "samples=0 must be at least 1; 16 is usual"),
         ("remove: 1, criterion: loss", "criterion must be 'influence', 'window' or 'greedy_kl', not 'loss'"),
         ("remove: 1, unit: half, criterion: window", "criterion=window looks at whole blocks. Use greedy_kl"),
         ("remove: 4", "x.yaml:2:5: remove=4 of 5 blocks: 2 blocks have to stay, so 3 at most"),
+        ("remove: 0.9", "remove=0.9 of 5 blocks: 2 blocks have to stay, so 3 at most"),
         ("remove: 7, unit: half", "remove=7 of 5 blocks: 2 blocks have to stay, so 6 at most"),
     ],
 )
@@ -217,6 +219,12 @@ def test_what_cannot_be_asked_for_is_refused(options: str, told: str, deep: Path
     with pytest.raises(RecipeError) as caught:
         prepare(stage(options), model=str(deep))
     assert told in str(caught.value)
+
+
+def test_a_share_is_of_all_units_and_one_goes_at_least() -> None:
+    assert [Depth(share).count(100) for share in (0.29, 0.5, 0.001)] == [29, 50, 1]
+    assert Depth(0.5, unit="half").count(5) == 5
+    assert Depth(3).count(100) == 3
 
 
 def test_models_that_cannot_be_shortened_are_refused(deep: Path) -> None:

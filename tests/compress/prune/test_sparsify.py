@@ -107,7 +107,8 @@ def test_the_plan_says_what_is_pruned(tiny: Path) -> None:
         (('sparsify: {pattern: "3:7"}',), "in_features=64 is not a multiple of m=7 of the pattern 3:7"),
         (("sparsify: {sparsity: 0.5, layers: [lm_head]}",), "embeddings and heads keep their weights"),
         (("sparsify: {sparsity: 0.5}", "sparsify: {sparsity: 0.5}"), "is pruned by stages[0] already"),
-        (("sparsify: {sparsity: 0.5}", "gptq: {scheme: w4a16}"), "gptq would move weights that are zero. Use rtn"),
+        (("sparsify: {sparsity: 0.5}", "hqq: {scheme: w4a16}"), "hqq would move weights that are zero. Use rtn or gptq"),
+        (("sparsify: {sparsity: 0.5}", "autoround: {scheme: w4a16}"), "autoround would move weights that are zero"),
         (("rtn: {scheme: w8a16}", "sparsify: {sparsity: 0.5}"), "sparsify must come before every quantizer"),
     ],
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import get_args
 
 import pytest
 import torch
@@ -114,6 +115,20 @@ def test_stacking_rows_equals_solving_them_apart(order: str, grid: Grid) -> None
     whole = solve(w, H, grid, act_order=order).tensor
     apart = [solve(part, H, grid, act_order=order).tensor.codes for part in w.split([16, 8])]
     assert (whole.codes == torch.cat(apart)).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("target", [None, *get_args(Target)])
+@pytest.mark.parametrize("grid", [Grid(4, group_size=8), Grid(3, symmetric=False), MXFP4], ids=str)
+def test_weights_that_are_zero_stay_zero(grid: Grid, target: Target | None, order: str) -> None:
+    w, H = weight(), correlated()
+    w[:, 1::2] = 0
+    w[3] = 0
+    drift = {"cross": 0.9 * H + 0.1 * correlated(seed=3), "target": target} if target else {}
+    result = solve(w, H, grid, act_order=order, **drift).tensor.dequantize()
+    assert not result[w == 0].any()
+    if not target:
+        assert quadratic_error(w, result, H) < quadratic_error(w, nearest(w, H, grid).dequantize(), H)
 
 
 def test_slices_of_rows_join_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,17 @@ def test_a_weight_of_zeros_is_left_alone() -> None:
     assert torch.equal(refine(zero, tensor, H).dequantize(), zero)
 
 
+@pytest.mark.parametrize("grid", [Grid(4, group_size=8), Grid(3, symmetric=False)], ids=str)
+def test_weights_that_are_to_stay_zero_do_and_rows_gain_without_them(grid: Grid) -> None:
+    zeros = torch.arange(32).expand(12, 32) % 4 < 2
+    before = rtn(W * ~zeros, grid, scale_dtype=torch.float32, range="minmax")
+    after = refine(W, before, H, zeros=zeros, sweeps=3)
+    assert not after.dequantize()[zeros].any()
+    assert (row_errors(after) <= row_errors(before)).all()
+    assert row_errors(after).sum() < 0.6 * row_errors(before).sum()
+    assert refine(W, before, H, sweeps=3).dequantize()[zeros].any()
+
+
 def test_the_start_is_left_as_it_was() -> None:
     tensor = start(Grid(3, False, 8))
     codes, scale = tensor.codes.clone(), tensor.scale.clone()

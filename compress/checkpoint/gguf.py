@@ -1,0 +1,251 @@
+"""GGUF checkpoints: a folder of ours, quantized or not, as one file for llama.cpp.
+
+Codes of ours go into ggml's simple types as they are where the grid permits it (`compress.core.ggml.from_grid`); other
+layers are quantized anew from their values, by our own range search, and counted, so that the result says how many
+were. What is not in the blocks keeps its type. llama.cpp wants rows of query and key turned from halves into pairs for
+the llama architecture, one added to Gemma's norms, and vectors in float32.
+
+`load` gives back tensors under Hugging Face's names, for tests and for transcoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from compress.checkpoint.gguf_file import PLAIN, GGUFFile, TensorInfo, save
+from compress.checkpoint.gguf_metadata import architecture_of, metadata_of, rope_factors
+from compress.checkpoint.weights import QuantizedWeights
+from compress.core.ggml import TYPES, Blocks, BlockType, blocks, from_grid, type_for
+from compress.core.ggml_bytes import from_bytes, to_bytes
+from compress.errors import ModelError
+from compress.models.store import Weights
+
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+INSIDE = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+}
+NORMS = {"post_attention_layernorm": "ffn_norm"}
+GEMMA_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+Importance = Mapping[str, Float[Tensor, "in"]]
+"""Layer → E[x²] of its inputs."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of the layers."""
+
+    exact: int
+    """Layers whose codes are in the file as they were."""
+    requantized: int
+    kinds: dict[str, int]
+    """ggml's type → how many matrices of the blocks have it."""
+
+
+def kind_named(name: str) -> str:
+    """`gguf-q4_k` → `Q4_K`. Raises ValueError where there is no such type."""
+    kind = name.removeprefix("gguf-").upper()
+    if kind not in TYPES and kind not in PLAIN:
+        known = ", ".join(f"gguf-{each.lower()}" for each in (*TYPES, *PLAIN))
+        raise ValueError(f"{name}: there is no such type. There are {known}")
+    return kind
+
+
+def export(
+    weights: Weights,
+    kind: str,
+    tokenizer: Any,
+    path: Path,
+    importance: Importance | None = None,
+    tell: Callable[[str, float, str], None] = lambda *_: None,
+) -> Written:
+    """Write the model of a folder as one file, matrices inside the blocks in ggml's type `kind`.
+
+    Raises ModelError where llama.cpp has no such architecture or tokenizer.
+    """
+    config = weights.folder.config
+    architecture = architecture_of(config)
+    names = {name: stored_name(name, architecture) for name in _names(weights)}
+    infos: list[TensorInfo] = []
+    plans: list[Callable[[], Tensor]] = []
+    counts = {"exact": 0, "requantized": 0}
+    kinds: dict[str, int] = {}
+    for name, stored in names.items():
+        layer, shape = name.removesuffix(".weight"), weights.shape(name)
+        inside = stored.startswith("blk.") and len(shape) == 2
+        found = type_for(kind, shape[-1]) if inside else None
+        if found is None:
+            own = "F32" if len(shape) == 1 else _dtype(weights, name)
+            plain = kind if inside and kind in PLAIN else own if own in PLAIN else "F32"
+            infos.append(TensorInfo(stored, shape, plain))
+            plans.append(partial(_plain, weights, name, architecture, plain))
+            continue
+        codes = _codes(weights, layer)
+        exact = codes is not None and codes.kind == found
+        counts["exact" if exact else "requantized"] += 1
+        kinds[found.name] = kinds.get(found.name, 0) + 1
+        infos.append(TensorInfo(stored, shape, found.name))
+        mass = (importance or {}).get(layer)
+        plans.append(partial(_blocks, weights, name, architecture, found, exact, mass))
+    if factors := rope_factors(config):
+        infos.append(TensorInfo("rope_freqs.weight", (len(factors),), "F32"))
+        plans.append(partial(torch.tensor, factors))
+
+    def tensors() -> Iterator[Tensor]:
+        for index, (info, make) in enumerate(zip(infos, plans, strict=True)):
+            tell("gguf", index / len(infos), info.name)
+            yield make()
+
+    save(path, metadata_of(config, tokenizer, kind, path.stem), infos, tensors())
+    return Written(counts["exact"], counts["requantized"], kinds)
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """Every tensor of such a file in float32 under Hugging Face's name, heads and norms as transformers has them."""
+    file = GGUFFile(path)
+    architecture = file.metadata.get("general.architecture", "")
+    back = {stored: name for name, stored in _table(architecture, _num_blocks(file)).items()}
+    found = {}
+    for stored in file.infos:
+        module, _, leaf = stored.rpartition(".")
+        if module not in back:
+            continue
+        name = f"{back[module]}.{leaf}"
+        kind = file.block_type(stored)
+        raw = file.read(stored)
+        value = from_bytes(raw, kind).dequantize() if kind else raw.float()
+        if _turned(name, architecture):
+            value = _halves(value, _heads(file.metadata, architecture, name))
+        if _shifted(name, architecture):
+            value = value - 1
+        found[name] = value
+    return found
+
+
+def stored_name(name: str, architecture: str) -> str:
+    """What llama.cpp calls a tensor. Raises ModelError where it has no place for it."""
+    module, _, leaf = name.rpartition(".")
+    parts = module.split(".")
+    inside = parts[:2] == ["model", "layers"]
+    table = INSIDE | (GEMMA_NORMS if architecture in ("gemma2", "gemma3") else NORMS) if inside else OUTSIDE
+    key = ".".join(parts[3:]) if inside else module
+    if key not in table:
+        raise ModelError(f"{name}: llama.cpp's {architecture} has no such tensor, so this model cannot be a GGUF file")
+    return f"blk.{parts[2]}.{table[key]}.{leaf}" if inside else f"{table[key]}.{leaf}"
+
+
+def _table(architecture: str, num_blocks: int) -> dict[str, str]:
+    """Module → what llama.cpp calls it, of every module that there may be."""
+    norms = GEMMA_NORMS if architecture in ("gemma2", "gemma3") else NORMS
+    inside = {
+        f"model.layers.{block}.{name}": f"blk.{block}.{stored}"
+        for block in range(num_blocks)
+        for name, stored in (INSIDE | norms).items()
+    }
+    return OUTSIDE | inside
+
+
+def _num_blocks(file: GGUFFile) -> int:
+    indices = {
+        int(name.split(".")[1]) for name in file.infos if name.startswith("blk.") and name.split(".")[1].isdigit()
+    }
+    return max(indices, default=-1) + 1
+
+
+def _names(weights: Weights) -> list[str]:
+    """Every tensor of the model, a quantized layer's by the name its weight would have."""
+    if not isinstance(weights, QuantizedWeights):
+        return list(weights.tensors)
+    names = []
+    for name in weights.tensors:
+        layer, _, leaf = name.rpartition(".")
+        full = f"{layer}.weight" if layer in weights.schemes and leaf != "bias" else name
+        if full not in names:
+            names.append(full)
+    return names
+
+
+def _dtype(weights: Weights, name: str) -> str:
+    header = weights.tensors.get(name)
+    return header.dtype if header else "F16"
+
+
+def _value(weights: Weights, name: str, architecture: str) -> Tensor:
+    """A tensor in float32, as llama.cpp wants its rows and its norms."""
+    value = weights.read(name).float()
+    if _turned(name, architecture):
+        value = _pairs(value, _heads_of(weights.folder.config, name))
+    return value + 1 if _shifted(name, architecture) else value
+
+
+def _plain(weights: Weights, name: str, architecture: str, kind: str) -> Tensor:
+    return _value(weights, name, architecture).to(PLAIN[kind][1])
+
+
+def _codes(weights: Weights, layer: str) -> Blocks | None:
+    """A quantized layer's codes in the simple type that holds them as they are, None where there is none."""
+    quantized = isinstance(weights, QuantizedWeights) and layer in weights.schemes
+    return from_grid(weights.quantized(layer)) if quantized else None  # type: ignore[attr-defined]
+
+
+def _blocks(
+    weights: Weights, name: str, architecture: str, kind: BlockType, exact: bool, importance: Tensor | None
+) -> Tensor:
+    if not exact:
+        return to_bytes(blocks(_value(weights, name, architecture), kind, importance))
+    codes = _codes(weights, name.removesuffix(".weight"))
+    assert codes is not None, "they were there when the file was planned"
+    if _turned(name, architecture):
+        heads = _heads_of(weights.folder.config, name)
+        shift = None if codes.shift is None else _pairs(codes.shift, heads)
+        codes = Blocks(kind, _pairs(codes.codes, heads), _pairs(codes.scale, heads), shift)
+    return to_bytes(codes)
+
+
+def _turned(name: str, architecture: str) -> bool:
+    """Whether llama.cpp has a tensor's rotary channels in pairs where transformers has them in halves."""
+    return architecture == "llama" and name.rpartition(".")[0].endswith((".q_proj", ".k_proj"))
+
+
+def _shifted(name: str, architecture: str) -> bool:
+    """Whether llama.cpp stores one more than transformers: the weights of Gemma's norms."""
+    return architecture.startswith("gemma") and "norm" in name.rpartition(".")[0].rpartition(".")[2]
+
+
+def _pairs(rows: Tensor, heads: int) -> Tensor:
+    """Rows of heads [2 halves of d/2] as [d/2 pairs]."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _halves(rows: Tensor, heads: int) -> Tensor:
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _heads_of(config: Mapping[str, Any], name: str) -> int:
+    heads = config["num_attention_heads"]
+    return heads if ".q_proj" in name else config.get("num_key_value_heads") or heads
+
+
+def _heads(metadata: Mapping[str, Any], architecture: str, name: str) -> int:
+    leaf = "head_count" if ".q_proj" in name else "head_count_kv"
+    return metadata[f"{architecture}.attention.{leaf}"]
