@@ -1,10 +1,11 @@
-"""What calibration decides before the walk: a rotation, the bits of layers, the cache schemes of blocks.
+"""What calibration decides before the walk: a rotation, bits and zeros of layers, the cache schemes of blocks.
 
 Each is decided once and noted in the manifest, where a run that is resumed finds it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from jaxtyping import Int
@@ -35,11 +36,27 @@ def decide(
             manifest.facts["allocation"] = recipe.allocator.decide(model, tokens, scratch / "decision", plan.units)
             manifest.save()
         plan = plan.decided(manifest.facts["allocation"]["bits"])
+    for index, stage in enumerate(recipe.stages):
+        if stage.role == "pruner" and stage.owl:
+            plan = _owl(plan, index, model, tokens, scratch, manifest, tell)
     if recipe.cache and recipe.cache.scheme is None and "kv_cache" not in manifest.facts:
         tell("allocate", 0.0, f"measuring the caches of {plan.num_blocks} layers")
         manifest.facts["kv_cache"] = recipe.cache.decide(model, tokens, scratch / "decision")
         manifest.save()
     return plan, model
+
+
+def _owl(
+    plan: Plan, index: int, model: LazyModel, tokens: Tensor, scratch: Path, manifest: Manifest, tell: Progress
+) -> Plan:
+    """The plan with the zeros of a pruner's layers."""
+    stage, key = plan.recipe.stages[index], f"zeros of stages[{index}]"
+    if key not in manifest.facts:
+        tell(stage.name, 0.0, f"looking for outliers in {plan.num_blocks} blocks")
+        names = [layer.name for layer in plan.layers if layer.pruner == index]
+        manifest.facts[key] = stage.decide(model, tokens, scratch / "decision", names)
+        manifest.save()
+    return replace(plan, zeros={**plan.zeros, **manifest.facts[key]})
 
 
 def _learned(

@@ -31,6 +31,7 @@ from compress.core.kv import parse_kv_scheme
 from compress.decisions import decide
 from compress.errors import VerificationError
 from compress.footprint import peak_memory_so_far, versions
+from compress.models.experts import MIXTURES
 from compress.models.store import LazyModel, compute_dtype, give_back
 from compress.plan import PROBE_WINDOWS, Plan
 from compress.recipe import dump
@@ -179,6 +180,8 @@ class Job:
         config = dict(self.plan.after.config)
         linear = [name for name, module in self.model.module.named_modules() if isinstance(module, nn.Linear)]
         kept = [name for name in linear if name not in self.plan.quantized and name not in self.plan.compact]
+        if weights.stacks and self.plan.format.name == "compressed-tensors":
+            kept += MIXTURES  # whose parts are layers to an engine, and none to transformers
         online, dtype = self.model.weights.online, self.plan.layers[0].dtype
         quantization = self.plan.format.quantization_config(self.plan.quantized, kept, online, dtype)
         cache = self.plan.recipe.cache
@@ -292,6 +295,7 @@ class Job:
             "allocation": manifest.facts.get("allocation"),
             "kv_cache": manifest.facts.get("kv_cache"),
             "rotation": manifest.facts.get("rotate"),
+            "shape": manifest.facts.get("shape"),
             "segments": manifest.facts.get("segments", []),
             "notes": list(plan.notes),
             "roles": {layer.name: layer.role for layer in plan.layers},

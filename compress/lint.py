@@ -25,7 +25,11 @@ KEEP_ZEROS = ("rtn", "gptq")
 
 def order(recipe: Recipe) -> list[str]:
     """Stages that make another model, of another shape or trained, behind one that works on the model as it is."""
-    problems = []
+    problems = [
+        f"{recipe.where('stages', index, stage.name)}: {stage.name} stands for the first stages; put it first"
+        for index, stage in enumerate(recipe.stages)
+        if stage.role == "searcher"
+    ]
     for stage in recipe.walked[1:]:
         if is_segment(stage) or stage.name == LEARNER:
             where = recipe.where("stages", recipe.stages.index(stage), stage.name)

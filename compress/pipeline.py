@@ -2,6 +2,7 @@
 
     plan      what will happen, from headers alone
     texts     what to calibrate on, to train on, to be scored on
+    search    what calibration has to find before all else: a shape within a budget
     segments  stages that change the model's shape or train it, each a run from one ordinary folder to the next
     walk      block by block: observe, transform, quantize, propagate, write the final shard
     finish    the tensors outside the blocks, config, tokenizer, recipe
@@ -27,9 +28,10 @@ from compress.errors import ModelError, OutputError
 from compress.job import Job
 from compress.models.headers import read_folder
 from compress.models.store import compute_dtype, device_named, local_folder
-from compress.plan import Plan, make_plan
+from compress.plan import Plan
 from compress.recipe import Recipe, dump, load, overridden
 from compress.scoring import Progress
+from compress.search import await_shape, find_shape, suppose_shape
 from compress.segments import complete, follow, is_companion
 from compress.stage import Stage
 from compress.texts import Texts
@@ -76,11 +78,12 @@ def run(
     if plan.recipe.calibrated and len(texts.windows.tokens) < plan.windows:
         plan = plan.with_windows(len(texts.windows.tokens))
     if companion:
-        follow(plan, texts, folder.scratch)
+        follow(await_shape(plan, folder.scratch), texts, folder.scratch)
         return {}
     dtype = compute_dtype(plan.layers[0].dtype, plan.recipe.calibration.dtype, device)
-    key = run_key(f"{dump(plan.recipe)}{dtype}", plan.original, texts.windows.hash)
+    key = run_key(f"{dump(plan.asked or plan.recipe)}{dtype}", plan.original, texts.windows.hash)
     manifest = Manifest.begin(folder, key, len(plan.recipe.stages), resume=resume and folder.unfinished)
+    plan = find_shape(plan, texts, folder, manifest, device, tell)
     plan = complete(plan, texts, folder.scratch, manifest, device, tell)
     job = Job.create(plan, folder, texts, manifest, device, tell)
     job.started = started
@@ -107,7 +110,7 @@ def prepare(
     name = model or resolved.model
     if name is None:
         raise ModelError("no model: give --model FOLDER_OR_ID, or 'model' in the recipe")
-    return make_plan(resolved, read_folder(local_folder(name)))
+    return suppose_shape(resolved, read_folder(local_folder(name)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ exactly this plan.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ from compress.checkpoint import FORMATS, Format, format_for
 from compress.checkpoint.adapter import ADAPTER, Product, adapter_layout
 from compress.core.kv import heads_of
 from compress.core.scheme import Scheme
+from compress.core.sparsity import Pattern
 from compress.errors import ModelError, RecipeError
 from compress.footprint import peak_memory, training_memory
 from compress.layers import LayerPlan, context_length, layer_plan, num_blocks_of, shape_of, shards_of
@@ -58,8 +59,12 @@ class Plan:
     notes: tuple[str, ...]
     units: tuple[Unit, ...] = ()
     """What an allocator chooses for; the schemes above are those of a uniform choice until it has."""
+    zeros: Mapping[str, float] = field(default_factory=dict)
+    """Layer → its share of zeros, where a pruner has decided that from calibration."""
     segments: tuple[Plan, ...] = ()
     """The runs that come first, of one stage each: those that change the model's shape, or train it."""
+    asked: Recipe | None = None
+    """The recipe as it was given, where calibration has yet to find its first stages."""
 
     @property
     def original(self) -> Folder:
@@ -189,9 +194,11 @@ class Plan:
             if layer.scheme and layer.block == block and concerns(layer)
         }
 
-    def pruned(self, stage: int, block: int) -> list[str]:
-        """The layers that a pruner deals with in one block."""
-        return [layer.name for layer in self.layers if layer.block == block and layer.pruner == stage]
+    def pruned(self, stage: int, block: int) -> dict[str, Pattern]:
+        """The layers that a pruner deals with in one block, and the zeros of each."""
+        pattern = self.recipe.stages[stage].resolved
+        names = [layer.name for layer in self.layers if layer.block == block and layer.pruner == stage]
+        return {name: Pattern(self.zeros[name]) if name in self.zeros else pattern for name in names}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -252,9 +259,7 @@ def _plan(
 
     `bits`: layer → what an allocator has decided. `learned`: by a view, from calibration.
     """
-    if folder.config.get("quantization_config"):
-        method = folder.config["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"{folder.path}: is quantized already ({method}). Start from the original model")
+    refuse_quantized(folder)
     problems: list[str] = []
     form = _format(recipe)
     anatomy = anatomy_for(folder.config, folder.shapes)
@@ -306,6 +311,8 @@ def _plan(
     notes = [*anatomy.conclusions, *folder.truncated]
     if anatomy.mixture:
         notes.append("mixture of experts: no stage quantizes expert matrices and routers")
+        if schemes and form.packs:
+            notes.append("packed layers beside experts in floats: compress.load reads that, transformers 5.24 does not")
     calibrated = recipe.calibrated
     context = context_length(folder.config)
     length = min(recipe.calibration.sequence_length, context) if calibrated else min(PROBE_LENGTH, context)
@@ -355,6 +362,13 @@ def _plan(
         units=tuple(units),
         segments=tuple(segments),
     )
+
+
+def refuse_quantized(folder: Folder) -> None:
+    """Raise ModelError for a folder whose weights are on grids already."""
+    if found := folder.config.get("quantization_config"):
+        method = found.get("quant_method", "unknown")
+        raise ModelError(f"{folder.path}: is quantized already ({method}). Start from the original model")
 
 
 def num_parameters(folder: Folder) -> int:

@@ -137,6 +137,23 @@ class Recipe:
         )
 
     @property
+    def searcher(self) -> Any:
+        """The first stage where it stands for others that calibration decides, None where it does not."""
+        return next((stage for stage in self.stages[:1] if stage.role == "searcher"), None)
+
+    def found(self, stages: Sequence[Any]) -> Recipe:
+        """The recipe with these stages in the place of its searcher."""
+
+        def moved(key: KeyPath) -> KeyPath:
+            if key[:1] != ("stages",) or len(key) == 1 or not isinstance(key[1], int) or key[1] == 0:
+                return key
+            return ("stages", key[1] + len(stages) - 1, *key[2:])
+
+        positions = {moved(key): place for key, place in self.positions.items()}
+        positions |= {("stages", index): self.where("stages", 0) for index in range(len(stages))}
+        return dataclasses.replace(self, stages=(*stages, *self.stages[1:]), positions=positions)
+
+    @property
     def view(self) -> Any:
         """The stage that changes the model as a whole before the walk, None where the first of it does not."""
         return next((stage for stage in self.walked[:1] if stage.role == "view"), None)

@@ -39,7 +39,7 @@ TRAINING = "training"
 def complete(plan: Plan, texts: Texts, scratch: Path, manifest: Manifest, device: str, tell: Progress) -> Plan:
     """The plan of what is left to do once every segment has left its folder. `manifest`: of the whole run."""
     places = _places(plan, scratch)
-    done = _together(lambda: _done(places))
+    done = together(lambda: _done(places))
     folder = read_folder(places[done - 1]) if done else plan.original
     for index, (segment, place) in enumerate(zip(plan.segments[done:], places[done:], strict=True), start=done):
         here = segment.on(folder) if index else segment
@@ -66,7 +66,7 @@ def complete(plan: Plan, texts: Texts, scratch: Path, manifest: Manifest, device
 def follow(plan: Plan, texts: Texts, scratch: Path) -> None:
     """What the other processes of a launch do meanwhile: train with the first, and wait for it before they can."""
     places = _places(plan, scratch)
-    done = _together(lambda: _done(places))
+    done = together(lambda: _done(places))
     for index, (segment, place) in enumerate(zip(plan.segments[done:], places[done:], strict=True), start=done):
         while index and not places[index - 1].exists():
             time.sleep(1)
@@ -93,7 +93,7 @@ def _done(places: Sequence[Path]) -> int:
     return max((index + 1 for index, place in enumerate(places) if place.exists()), default=0)
 
 
-def _together(look: Callable[[], int]) -> int:
+def together(look: Callable[[], int]) -> int:
     """What each process sees before the first of them changes anything."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return look()
@@ -154,7 +154,7 @@ def train(plan: Plan, teacher: Folder, work: Path, texts: Texts, tell: Progress)
     length = stage.training.sequence_length or plan.sequence_length
     windows, held_out = texts.for_training(stage.dataset, stage.training.tokens, length, plan.recipe.calibration)
     trained = stage.train(plan.folder.path, teacher.path, windows, held_out, work, tell)
-    _together(lambda: 0)  # or the first would take the folder away from under the others
+    together(lambda: 0)  # or the first would take the folder away from under the others
     return trained
 
 

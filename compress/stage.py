@@ -17,15 +17,19 @@ from torch import Tensor
 
 from compress.calibrate.block import Block
 from compress.core.scheme import Scheme
+from compress.core.sparsity import Pattern
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, TensorHeader
 from compress.models.store import LazyModel, Weights
 
-Role = Literal["quantizer", "transform", "corrector", "view", "allocator", "cache", "pruner", "shaper", "trainer"]
+Role = Literal[
+    "quantizer", "transform", "corrector", "view", "allocator", "cache", "pruner", "shaper", "trainer", "searcher"
+]
 """A quantizer owns layers and puts them on their grids; a transform rewrites them beforehand, function preserved, and a
 corrector makes up for what was lost. A view changes the model as a whole before the walk, and an allocator decides the
 bits of the quantizers behind it. A cache stage decides how the model keeps keys and values while it runs. A pruner
-takes weights out, by making them zero; a shaper takes out what makes matrices smaller. A trainer learns."""
+takes weights out, by making them zero; a shaper takes out what makes matrices smaller. A trainer learns. A searcher
+stands for the stages that it finds."""
 
 
 LEARNED = "learned.safetensors"
@@ -107,7 +111,14 @@ class Allocator(Stage, Protocol):
 class Pruner(Stage, Protocol):
     """A stage that owns layers as a quantizer does, and takes weights out of them."""
 
-    def prune(self, block: Block, names: Collection[str]) -> list[LayerReport]:
+    owl: bool
+    """Whether it decides, from calibration and before the walk, how many from each."""
+
+    def decide(self, model: LazyModel, tokens: Tensor, scratch: Path, names: Collection[str]) -> dict[str, float]:
+        """Layer → its share of zeros."""
+        ...
+
+    def prune(self, block: Block, patterns: Mapping[str, Pattern]) -> list[LayerReport]:
         """Work on these layers of one block."""
         ...
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import compress
+from compress.prune.sparsify import Sparsify
 from compress.recipe import Calibration, Evaluation, Recipe
 
 RESULTS = Path(__file__).resolve().parents[1] / "recipes" / "RESULTS.md"
@@ -100,7 +101,25 @@ def schemes(group_size: int | None) -> dict[str, list[Any]]:
     }
 
 
-ROWS = {"methods": methods, "schemes": schemes}
+def sparse(group_size: int | None) -> dict[str, list[Any]]:
+    """Name → stages, of weights with zeros: alone, by shares that differ, and quantized behind it."""
+    rows: dict[str, list[Any]] = {}
+    for name, pattern in {"2:4": {"pattern": "2:4"}, "50 %": {"sparsity": 0.5}}.items():
+        for title, method in {"magnitude": "magnitude", "Wanda": "wanda", "SparseGPT": "sparsegpt"}.items():
+            rows[f"{name}, {title}"] = [Sparsify(**pattern, method=method, refit=False)]
+            rows[f"{name}, {title}, refitted"] = [Sparsify(**pattern, method=method)]
+        rows[f"{name}, ALPS, refitted"] = [Sparsify(**pattern, method="alps")]
+    plain: dict[str, Any] = {"refit": False}
+    for title, given in {"Wanda": plain | {"method": "wanda"}, "SparseGPT": plain, "SparseGPT, refitted": {}}.items():
+        rows[f"60 %, {title}"] = [Sparsify(0.6, **given)]
+        rows[f"60 %, {title}, by OWL"] = [Sparsify(0.6, **given, owl=True)]
+    four = {"scheme": "w4a16", "group_size": group_size}
+    for title, quantizer in {"RTN": RTN(**four), "GPTQ": GPTQ(**four)}.items():
+        rows[f"2:4, SparseGPT, refitted, then {title} to 4 bits"] = [Sparsify(pattern="2:4"), quantizer]
+    return rows
+
+
+ROWS = {"methods": methods, "schemes": schemes, "sparse": sparse}
 
 
 def main() -> int:
@@ -121,9 +140,9 @@ def main() -> int:
                 lines.append(f"| {name} | | | | its groups do not divide the widths of this model |")
                 continue
         text = report["evaluation"]["texts"][0]
-        error = text["kl_standard_error"]
+        error, bits = text["kl_standard_error"], report["bits_per_weight"]
         lines.append(
-            f"| {name} | {report['bits_per_weight']:.2f} | {text['perplexity']:.2f} | "
+            f"| {name} | {f'{bits:.2f}' if bits else ''} | {text['perplexity']:.2f} | "
             f"{text['kl_divergence']:.5f} ± {error:.5f} | {text['top1_agreement']:.1%} |"
         )
         print(lines[-1], file=sys.stderr)

@@ -36,8 +36,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 EVERYWHERE = "errors"
 PART_OF_FILE = {
-    "assignment": "plan", "convert": "pipeline", "decisions": "pipeline", "draft": "recipe", "footprint": "plan", "job": "pipeline",
-    "layers": "plan", "lint": "plan", "segments": "pipeline", "texts": "pipeline", "units": "plan",
+    "assignment": "plan", "convert": "pipeline", "decisions": "pipeline", "draft": "recipe", "footprint": "plan",
+    "job": "pipeline", "layers": "plan", "lint": "plan", "search": "pipeline", "segments": "pipeline",
+    "texts": "pipeline", "units": "plan",
 }  # fmt: skip
 """Files that belong to a part by another name."""
 SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the codecs that wrote it"}
@@ -129,14 +130,19 @@ def imports_of(path: Path) -> Iterator[Import]:
     yield from visit(ast.parse(path.read_text(encoding="utf-8"), str(path)), lazy=False)
 
 
-def test_every_import_follows_the_arrows() -> None:
-    found = [each for path in sources() for each in imports_of(path)]
-    broken = [f"{each.where}: imports {each.imported}: {rule}" for each in found if (rule := broken_rule(each))]
+@pytest.fixture(scope="module")
+def imports() -> list[Import]:
+    """Of all files."""
+    return [each for path in sources() for each in imports_of(path)]
+
+
+def test_every_import_follows_the_arrows(imports: list[Import]) -> None:
+    broken = [f"{each.where}: imports {each.imported}: {rule}" for each in imports if (rule := broken_rule(each))]
     assert not broken, "\n" + "\n".join(broken)
 
 
-def test_every_import_is_absolute() -> None:
-    relative = [each.where for path in sources() for each in imports_of(path) if each.imported.startswith(".")]
+def test_every_import_is_absolute(imports: list[Import]) -> None:
+    relative = [each.where for each in imports if each.imported.startswith(".")]
     assert not relative, f"write the full module name, so that the arrows can be read: {relative}"
 
 

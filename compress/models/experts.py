@@ -24,6 +24,8 @@ PLACES = {
     "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
 }  # fmt: skip
 """Matrix → the parameter that holds it, and its place among those of one expert."""
+MIXTURES = (r"re:.*\.experts\b.*", r"re:.*\.(gate|router)$")
+"""Patterns of module names, as compressed-tensors has them, for experts and routers."""
 Stacks = Mapping[str, tuple[tuple[str, ...], ...]]
 """Parameter of a module → for each expert the tensors whose rows it holds, one below the other."""
 

@@ -35,6 +35,9 @@ SCALED_EMBEDDINGS = frozenset({"gemma"})
 WHOLE_HEADS = frozenset({"llama"})
 """Families whose config takes no width but a multiple of the number of heads, whatever the width of a head."""
 
+RMS_NORM_EPS = 1e-6
+"""What transformers takes where config.json does not say."""
+
 
 class NarrowedWeights(Weights):
     """The tensors of a `narrowed` folder.
@@ -59,9 +62,8 @@ class NarrowedWeights(Weights):
         gain, last = norm_gain(width, len(keep)), last_norm(self.anatomy, whole.tensors)
         shares = {norm: share for norm, (_, share) in missing.items() if readers[norm]}
         self._gains = {f"{norm}.weight": gain * math.sqrt(shares.get(norm, 1.0)) for norm in readers}
-        if (
-            self.anatomy.family in SCALED_EMBEDDINGS
-        ):  # by less than before. The head may be tied: the last norm gives way
+        if self.anatomy.family in SCALED_EMBEDDINGS:
+            # The factor has become smaller. A tied head takes over what makes up for that, so its norm gives way.
             self._gains |= {f"{self.anatomy.embedding}.weight": gain, f"{self.anatomy.head}.weight": gain}
             self._gains[f"{last}.weight"] /= gain
 
@@ -72,8 +74,10 @@ class NarrowedWeights(Weights):
         kept = stored.index_select(self._axes[name], self._keep).double()
         if name in self._missing:
             kept += stored[:, self._gone].double() @ self._missing[name].double()
-        offset = self.anatomy.norm_offset if stored.dim() == 1 else 0.0
-        return ((kept + offset) * self._gains.get(name, 1.0) - offset).to(stored.dtype)
+        if name in self._gains:
+            offset = self.anatomy.norm_offset if stored.dim() == 1 else 0.0
+            kept = (kept + offset) * self._gains[name] - offset
+        return kept.to(stored.dtype)
 
 
 def narrowed(folder: Folder, anatomy: Anatomy, size: int) -> Folder:
@@ -88,7 +92,7 @@ def narrowed(folder: Folder, anatomy: Anatomy, size: int) -> Folder:
     changed = {
         "hidden_size": size,
         "head_dim": heads_of(config)[1],
-        "rms_norm_eps": config["rms_norm_eps"] * width / size,
+        "rms_norm_eps": config.get("rms_norm_eps", RMS_NORM_EPS) * width / size,
     }
     return replace(folder, config={**config, **changed}, tensors=cut)
 

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from compress.prune.depth import Depth
+from compress.prune.experts import Experts
 from compress.prune.hidden import Hidden
 from compress.prune.merge_heads import MergeHeads
+from compress.prune.shape import Shape
 from compress.prune.sparsify import Sparsify
 from compress.prune.width import Width
 
-PRUNERS = {stage.name: stage for stage in (Depth, Hidden, MergeHeads, Sparsify, Width)}
+PRUNERS = {stage.name: stage for stage in (Depth, Experts, Hidden, MergeHeads, Shape, Sparsify, Width)}

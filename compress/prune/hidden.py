@@ -119,13 +119,15 @@ class Hidden:
             for norm, moments, activity in behind_norms(whole, tokens, scratch):
                 save_file({"moment": moments.hessian.cpu()}, scratch / f"{norm}.safetensors")
                 total += moments.hessian.cpu()
-                scores += hidden_scores([activity]).cpu()
+                with naming(norm):
+                    scores += hidden_scores([activity]).cpu()
             learned = {"keep": choose(scores, size)}
             if self.method == "pca":
                 learned = {"keep": torch.arange(size), "basis": principal_basis(total)[0]}
             for norm, layers in readers_of(whole.anatomy, whole.weights.tensors).items():
-                if self.refit and layers and size < width:
-                    moment = _turned(load_file(scratch / f"{norm}.safetensors")["moment"], learned)
+                file = scratch / f"{norm}.safetensors"
+                if self.refit and layers and size < width and file.exists():
+                    moment = _turned(load_file(file)["moment"], learned)
                     weight = whole.weights.read(f"{norm}.weight").double() + whole.anatomy.norm_offset
                     with naming(norm):
                         B, s = explained(moment, weight, learned["keep"])
@@ -176,7 +178,7 @@ def behind_norms(
             yield norm, moments.pop(norm).result(tokens.numel(), norm), activities.pop(norm)
 
     norms = readers_of(model.anatomy, model.weights.tensors)
-    modules = {norm: model.module.get_submodule(norm) for norm in norms}
+    modules = {name: module for name, module in model.module.named_modules() if name in norms}
     hooks = [module.register_forward_hook(lambda _, __, y, norm=norm: see(norm, y)) for norm, module in modules.items()]
     try:
         entrance = enter(model, tokens, inputs_of(0, scratch))

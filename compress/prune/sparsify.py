@@ -5,6 +5,9 @@ while they move the others (`compress.core.sparsegpt`, `compress.core.alps`). Wh
 stays exactly, by least squares on the mask (`compress.core.refit`). Sites are pruned in the order in which data passes
 them, each on inputs that the sites before have already changed.
 
+Unstructured, `owl` gives each block its own share of zeros, by how many outliers Wanda's scores of all its layers have
+in the original model (`compress.core.sparsity`). By layer, which OWL does not propose, it did harm.
+
 The zeros are stored like any other weight. What they are worth depends on who reads them: 2:4 can be skipped by sparse
 tensor cores, unstructured zeros make a file that compresses well. A quantizer behind this stage has to leave zeros as
 they are, which `rtn` and `gptq` do.
@@ -12,26 +15,42 @@ they are, which `rtn` and `gptq` do.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from compress.calibrate.walk import enter, inputs_of, walk
 from compress.core.alps import alps
 from compress.core.metrics import relative_error
 from compress.core.refit import refit as refitted
 from compress.core.scheme import Scheme
 from compress.core.sparsegpt import sparsegpt
-from compress.core.sparsity import Pattern, Pruned, keep_largest, magnitude, parse_pattern, wanda
+from compress.core.sparsity import (
+    Pattern,
+    Pruned,
+    keep_largest,
+    magnitude,
+    outlier_share,
+    owl,
+    parse_pattern,
+    wanda,
+)
 from compress.errors import naming
+from compress.models.store import LazyModel
 from compress.stage import LayerReport, Role
 
 if TYPE_CHECKING:
     from compress.calibrate.block import Block
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "alps"]
+OWL_LIMIT = 0.08
+"""How far the share of zeros of a block may be from that of all; the paper takes 0.08 too."""
 
 
 def sparsify(
@@ -74,6 +93,8 @@ class Sparsify:
     """In place of it N:M, n kept of each m consecutive inputs: "2:4"."""
     method: Method = "sparsegpt"
     refit: bool = True
+    owl: bool = False
+    """Whether blocks with many outliers keep more, unstructured; the share of all is `sparsity`."""
     damping: float = 0.01
     """As a fraction of the Hessian's mean diagonal."""
     layers: tuple[str, ...] = ()
@@ -86,6 +107,10 @@ class Sparsify:
             raise ValueError(f"method={self.method!r} must be one of {', '.join(get_args(Method))}")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping={self.damping} must be above 0 and at most 1; 0.01 is usual")
+        if self.owl and self.pattern:
+            raise ValueError(f"owl chooses shares of zeros, and {self.pattern} is the same everywhere. Give a sparsity")
+        if self.owl and not OWL_LIMIT < self.resolved.sparsity < 1 - OWL_LIMIT:
+            raise ValueError(f"sparsity={self.sparsity} must be {OWL_LIMIT} or more away from 0 and 1 for owl")
         _ = self.resolved
 
     @property
@@ -95,17 +120,45 @@ class Sparsify:
 
     @property
     def calibrated(self) -> bool:
-        return self.method != "magnitude" or self.refit
+        return self.method != "magnitude" or self.refit or self.owl
 
     def apply(self, block: Block, schemes: Mapping[str, Scheme]) -> list[LayerReport]:
         """Whatever is quantized later does not matter here: see `prune`."""
         return []
 
-    def prune(self, block: Block, names: Collection[str]) -> list[LayerReport]:
+    def decide(
+        self, model: LazyModel, tokens: Int[Tensor, "windows length"], scratch: Path, names: Collection[str]
+    ) -> dict[str, float]:
+        """Layer → its share of zeros by OWL, from the model as it is; all layers of a block alike. `scratch`: a folder
+        to be made and removed."""
+        outliers: list[float] = []
+        layers: list[dict[str, int]] = []
+
+        def look(block: Block) -> None:
+            scores = {
+                name: wanda(block.weight(name), block.moments(site).hessian.diagonal())
+                for site in block.sites
+                for name in site.layers
+                if name in names
+            }
+            if scores:
+                outliers.append(outlier_share(torch.cat([each.flatten() for each in scores.values()]).unsqueeze(0)))
+                layers.append({name: each.numel() for name, each in scores.items()})
+
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        entrance = enter(model, tokens, inputs_of(0, scratch))
+        for _ in walk(model, entrance, entrance.inputs, scratch, look):
+            pass
+        shutil.rmtree(scratch)
+        shares = owl(outliers, [sum(sizes.values()) for sizes in layers], self.resolved.sparsity, limit=OWL_LIMIT)
+        return {name: share for sizes, share in zip(layers, shares, strict=True) for name in sizes}
+
+    def prune(self, block: Block, patterns: Mapping[str, Pattern]) -> list[LayerReport]:
         """Give these layers of a block their zeros."""
         reports = []
         for site in block.sites:
-            chosen = [name for name in site.layers if name in names]
+            chosen = [name for name in site.layers if name in patterns]
             hessian = block.moments(site).hessian if chosen and self.calibrated else None
             for name in chosen:
                 weight = block.weight(name)
@@ -113,7 +166,7 @@ class Sparsify:
                     pruned = sparsify(
                         weight,
                         hessian,
-                        self.resolved,
+                        patterns[name],
                         method=self.method,
                         refit=self.refit,
                         damping=self.damping,
@@ -121,5 +174,5 @@ class Sparsify:
                 stored = pruned.weight.to(block.model.weights.dtype(f"{name}.weight")).float()
                 error = relative_error(weight, stored, hessian)
                 block.rewrite(name, stored)
-                reports.append(LayerReport(name, self.resolved.name, error, pruned.note))
+                reports.append(LayerReport(name, patterns[name].name, error, pruned.note))
         return reports

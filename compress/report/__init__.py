@@ -72,7 +72,7 @@ def render(report: Report) -> str:
             section("Size", _sizes(report)),
             *_scores(report.get("evaluation"), report.get("evaluation_note")),
             section("Gates", _gates(report.get("gates") or [])),
-            section("Shape", segments.shapes(report)),
+            section("Shape", segments.shapes(report), segments.candidates(report)),
             section("Training", *segments.trainings(report)),
             section("Bits", *_allocation(report)),
             section("KV cache", *_cache(report)),

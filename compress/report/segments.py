@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from compress.report.chart import curves
-from compress.report.page import Html, Number, note, table
+from compress.report.page import Html, Number, join, note, table
 from compress.report.words import Report, digits
 from compress.tables import size
 
@@ -22,6 +22,27 @@ def shapes(report: Report) -> Html:
         parameters, total = found["parameters"], found["bytes"]
         rows.append([found["stage"], Number(parameters, f"{parameters:,}"), Number(total, size(total)), told])
     return table(["after", "parameters", "bytes", ""], rows)
+
+
+def candidates(report: Report) -> Html:
+    """What a search for a shape has measured, the chosen one marked; and each choice alone."""
+    found = report.get("shape")
+    if not found:
+        return Html()
+    rows = []
+    for tried in [*found["alone"], *found["candidates"]]:
+        shape = [Number(tried[name], f"{tried[name]:g}") for name in ("removed", "ffn", "heads")]
+        share = Number(tried["share"], f"{tried['share']:.1%}")
+        timed = [f"{value:.1%}" if (value := tried.get("latency")) is not None else ""]
+        guessed, measured = (tried.get(name) for name in ("predicted", "measured"))
+        rows.append([*shape, share, *timed, *("" if value is None else digits(value) for value in (guessed, measured))])
+    (kind, limit), chosen = found["budget"], len(found["alone"]) + found["chosen"]
+    columns = ["blocks removed", "ffn", "heads", "share", "time measured", "KL divergence by parts", "measured"]
+    told = (
+        f"Shapes within {limit:.1%} of the {kind}, the one taken marked, and what they are made of; fitted on "
+        f"{found['fitted']} windows, measured on {found['held_out']} others, before any training."
+    )
+    return join([note(told), table(columns, rows, marked=[chosen])])
 
 
 def trainings(report: Report) -> Iterator[Html]:

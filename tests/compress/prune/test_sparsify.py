@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.checkpoint.weights import open_weights
 from compress.errors import RecipeError
 from compress.pipeline import prepare
 from compress.recipe import parse
@@ -84,6 +86,50 @@ def test_rounded_to_nearest_zeros_stay(tiny: Path, text: Path, tmp_path: Path) -
     assert ((layer.dequantize(torch.float32).view(-1, 4) != 0).sum(dim=1) <= 2).all()
 
 
+def test_gptq_behind_it_keeps_every_zero_and_costs_little(assets: Path, tmp_path: Path) -> None:
+    """On a trained model, whose predictions rounding to 4 bits changes less than the zeros do."""
+    options = ["calibration.samples=16", "calibration.sequence_length=128", "evaluation.samples=8"]
+    options += ["evaluation.sequence_length=128"]
+
+    def divergence(name: str, *stages: str) -> float:
+        given = {"model": str(assets / "models" / "stories260k"), "output": tmp_path / name}
+        text = str(assets / "data" / "calibration.jsonl")
+        report = compress.run(recipe(*stages), **given, calibration=text, overrides=options)
+        return report["evaluation"]["texts"][0]["kl_divergence"]
+
+    prune = 'sparsify: {pattern: "2:4"}'
+    alone = divergence("sparse", prune)
+    both = divergence("both", prune, "gptq: {scheme: w4a16, group_size: null}")
+    assert both < 1.05 * alone
+    rounded, sparse = open_weights(tmp_path / "both"), weights(tmp_path / "sparse")
+    for name in (name for name in sparse if name.endswith("_proj.weight")):
+        weight = rounded.read(name)
+        assert ((weight.view(-1, 4) != 0).sum(dim=1) <= 2).all(), name
+        if ".layers.0." in name:  # further on, masks know of the rounding before them
+            assert not weight[sparse[name] == 0].any(), name
+
+
+def test_blocks_with_outliers_keep_more(tiny: Path, text: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (file,) = model.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][::4, ::4] *= 30
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = run(model, text, tmp_path / "out", "sparsify: {sparsity: 0.6, method: wanda, owl: true}")
+    after = weights(tmp_path / "out")
+    shares = []
+    for block in range(3):
+        layers = [tensor for name, tensor in after.items() if f"layers.{block}." in name and "_proj" in name]
+        zeros = [float((tensor == 0).float().mean()) for tensor in layers]
+        assert max(zeros) - min(zeros) < 1 / 64  # rows are of 64 and more
+        shares.append(sum(zeros) / len(zeros))
+    assert shares[1] == pytest.approx(0.52, abs=5e-3)
+    assert min(shares[0], shares[2]) > 0.6
+    assert sum(shares) / 3 == pytest.approx(0.6, abs=5e-3)
+    assert len({layer["scheme"] for layer in report["stages"][0]["layers"]}) == 3
+
+
 def test_selected_layers_only(tiny: Path, text: Path, tmp_path: Path) -> None:
     run(tiny, text, tmp_path / "out", "sparsify: {sparsity: 0.3, method: magnitude, refit: false, layers: [mlp]}")
     shares = {name: float((tensor == 0).float().mean()) for name, tensor in weights(tmp_path / "out").items()}
@@ -104,10 +150,15 @@ def test_the_plan_says_what_is_pruned(tiny: Path) -> None:
         (("sparsify: {}",), 'give a sparsity, as 0.5, or a pattern, as "2:4"'),
         (("sparsify: {sparsity: 1.0}",), "must be a share of zeros, above 0 and below 1"),
         (('sparsify: {pattern: "2:4", method: obs}',), "method"),
+        (('sparsify: {pattern: "2:4", owl: true}',), "2:4 is the same everywhere. Give a sparsity"),
+        (("sparsify: {sparsity: 0.95, owl: true}",), "must be 0.08 or more away from 0 and 1 for owl"),
         (('sparsify: {pattern: "3:7"}',), "in_features=64 is not a multiple of m=7 of the pattern 3:7"),
         (("sparsify: {sparsity: 0.5, layers: [lm_head]}",), "embeddings and heads keep their weights"),
         (("sparsify: {sparsity: 0.5}", "sparsify: {sparsity: 0.5}"), "is pruned by stages[0] already"),
-        (("sparsify: {sparsity: 0.5}", "hqq: {scheme: w4a16}"), "hqq would move weights that are zero. Use rtn or gptq"),
+        (
+            ("sparsify: {sparsity: 0.5}", "hqq: {scheme: w4a16}"),
+            "hqq would move weights that are zero. Use rtn or gptq",
+        ),
         (("sparsify: {sparsity: 0.5}", "autoround: {scheme: w4a16}"), "autoround would move weights that are zero"),
         (("rtn: {scheme: w8a16}", "sparsify: {sparsity: 0.5}"), "sparsify must come before every quantizer"),
     ],
