@@ -290,5 +290,6 @@ def gates() -> tuple[Gate, ...]:
             signature = pointers | {"softmax_scale": "fp32", "soft_cap": "fp32"} | dict.fromkeys(numbers, "i32")
             variant = Variant(_kv_prefill_kernel, signature, constants, (*pointers, "tokens"), **options)
             opcode = "HGMMA" if capability == 90 else "HMMA"
-            made.append(Gate(f"kv_prefill {name} 128", variant, capability, opcode, representative=name == "kv4"))
+            representative = (capability, name) in ((80, "kv8"), (90, "kv4"))
+            made.append(Gate(f"kv_prefill {name} 128", variant, capability, opcode, representative=representative))
     return tuple(made)

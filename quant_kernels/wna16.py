@@ -247,6 +247,7 @@ def gates() -> tuple[Gate, ...]:
             )  # fmt: skip
             name = f"w{bits}a16{'_zero' * zero} g{group_size} {config.block_m}x{config.block_n}"
             opcode = "HGMMA" if capability == 90 and config.block_m > 16 else "HMMA"
-            representative = group_size == 128 and not zero and config.block_m in (16, 64)
+            sizes = (16, 64) if capability == 90 else (16,) if bits == 3 else (64,)
+            representative = group_size == 128 and not zero and config.block_m in sizes
             made.append(Gate(name, variant, capability, opcode, instructions, representative))
     return tuple(made)

@@ -147,9 +147,10 @@ class Hidden:
         wanted, multiple = self.keep * width, fitting_multiple(folder, anatomy, self.multiple)
         size = rounded_size(wanted, width, multiple)
         if wanted < width == size or abs(size - wanted) > multiple / 2:
+            heads = " and of the number of heads" if multiple != self.multiple else ""
             raise RecipeError(
                 f"hidden: keep={self.keep} of {width} is {wanted:g}, and the nearest width below {width} that is a "
-                f"multiple of {multiple} is {size if size < width else 'none'}. Lower multiple={self.multiple}"
+                f"multiple of {self.multiple}{heads} is {size if size < width else 'none'}. Lower multiple"
             )
         return size
 

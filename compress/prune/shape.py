@@ -6,8 +6,9 @@ costs in parameters and bytes the headers say. What it costs in divergence is me
 - each choice alone, all else as in the original: c(k) of k blocks, c(r) of channels, c(h) of heads;
 - every shape within the budget is ranked by the sum c(k) + c(r) + c(h). Of these only the tightest count, which could
   give nothing back: a milder shape within the budget is better by all that is known;
-- the first of the ranking are built and measured as a whole, since sums are only about right: channels of a block that
-  is gone cost nothing, and what attention has lost an MLP cannot make up for with half of its channels.
+- the first of the ranking are built and measured as a whole, since sums are only about right. Of pocket-llama-13m at
+  85 % of its parameters they were within 3 % of what five shapes measured, and in that order; of stories260k at 60 % up
+  to 30 % above, and of six the third and the fifth had to change places.
 
 Minitron (arXiv 2407.14679) enumerates shapes as well, but trains each candidate a little and goes by its loss then.
 That costs a training for each; here divergence before healing decides. Puzzle (arXiv 2411.19146) adds up scores too,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "Phi3ForCausalLM": {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+    },
+    "MixtralForCausalLM": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "num_local_experts": 4,
     },
     "OPTForCausalLM": {
         "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -58,7 +63,10 @@ def settings(*more: str) -> list[str]:
     return [*small, "gates={}", *more]
 
 
-@pytest.mark.parametrize("architecture", [name for name in SIZES if name not in {"GPT2LMHeadModel", "BertModel"}])
+NOT_READ_ALIKE = {"BertModel", "GPT2LMHeadModel", "MixtralForCausalLM"}
+
+
+@pytest.mark.parametrize("architecture", [name for name in SIZES if name not in NOT_READ_ALIKE])
 def test_gptq_gives_a_folder_that_transformers_and_netsuke_read_alike(
     architecture: str, tiny: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -73,6 +81,29 @@ def test_gptq_gives_a_folder_that_transformers_and_netsuke_read_alike(
     tokens = torch.arange(2, 40).unsqueeze(0)
     with torch.no_grad():
         assert torch.allclose(ours(tokens).logits, theirs(tokens).logits, atol=1e-5)
+
+
+def test_a_mixture_keeps_its_experts_and_its_attention_is_quantized(tiny: Path, text: Path, tmp_path: Path) -> None:
+    model = saved("MixtralForCausalLM", tiny, tmp_path / "model")
+    report = compress.run(
+        "w4a16-gptq", model=str(model), output=tmp_path / "out", calibration=str(text), overrides=settings()
+    )
+    assert {layer["name"].split(".")[3] for layer in report["stages"][0]["layers"]} == {"self_attn"}
+    assert any("transformers 5.24 does not" in note for note in report["notes"])
+    before, after = load_file(model / "model.safetensors"), {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        after |= load_file(file)
+    experts = [name for name in before if ".block_sparse_moe." in name]
+    assert len(experts) == 2 * (1 + 3 * 4)
+    assert all(torch.equal(after[name], before[name]) for name in experts)
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    patterns = [name.removeprefix("re:") for name in ignored if name.startswith("re:")]
+    for name in ("block_sparse_moe.gate", "block_sparse_moe.experts", "mlp.experts.3.gate_proj", "mlp.gate"):
+        assert any(re.match(pattern, f"model.layers.1.{name}") for pattern in patterns)
+    assert not any(re.match(pattern, "model.layers.1.mlp.gate_proj") for pattern in patterns)
+    ours, _ = compress.load(tmp_path / "out")
+    with torch.no_grad():
+        assert ours(torch.arange(2, 40).unsqueeze(0)).logits.isfinite().all()
 
 
 def test_conv1d_is_kept_out_of_a_format_that_cannot_hold_it(tiny: Path, text: Path, tmp_path: Path) -> None:

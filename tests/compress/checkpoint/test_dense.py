@@ -77,5 +77,5 @@ def test_a_folder_is_read_by_its_quant_method() -> None:
 
 
 def test_an_unknown_quant_method_is_named() -> None:
-    with pytest.raises(ModelError, match="quant_method 'gptq' cannot be read, only compressed-tensors"):
-        format_of({"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(ModelError, match="quant_method 'quark' cannot be read, only compressed-tensors"):
+        format_of({"quantization_config": {"quant_method": "quark"}})

@@ -48,8 +48,8 @@ def mixture(family: str, tiny: Path, folder: Path, change: Change) -> Path:
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1
         for index, block in enumerate(model.model.layers):
-            block.self_attn.o_proj.weight[0] = 0
-            block.mlp.experts.down_proj[:, 0] = 0
+            for weight in (block.self_attn.o_proj.weight, block.mlp.experts.down_proj):
+                weight.mul_(0.3)[..., 0, :] = 0
             block.mlp.gate.weight[:, 0] = 0
             change(index, block.mlp)
     model.save_pretrained(folder)
@@ -103,7 +103,7 @@ def test_what_adds_little_goes_and_that_is_better_than_what_chance_would_take(
 
     def neglect(index: int, mlp: Any) -> None:
         unimportant = [index, index + 2, index + 4]
-        mlp.gate.weight[unimportant, 0] = -2
+        mlp.gate.weight[unimportant, 0] = -1
         mlp.experts.down_proj[unimportant] *= 0.5
 
     model = mixture("mixtral", tiny, tmp_path / "model", neglect)
@@ -127,8 +127,7 @@ def test_what_adds_little_goes_and_that_is_better_than_what_chance_would_take(
 
     generator = torch.Generator().manual_seed(0)
     chance = [torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:3] for _ in found]) for _ in range(4)]
-    print("FIG", [each["tokens"] for each in report["segments"][0]["mixtures"].values()], divergence(torch.tensor(found)), list(map(divergence, chance)))
-    assert divergence(torch.tensor(found)) < 0.5 * sum(map(divergence, chance)) / len(chance)
+    assert divergence(torch.tensor(found)) < 0.6 * min(map(divergence, chance))
 
 
 def test_merged_experts_are_means_by_tokens_of_those_most_alike(tiny: Path, text: Path, tmp_path: Path) -> None:

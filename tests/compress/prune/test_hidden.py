@@ -155,7 +155,10 @@ def test_in_a_trained_model_a_turned_stream_is_cut_at_less_loss_and_readers_make
         ("method: taylor", "method"),
         ("multiple: 0", "multiple=0 must be at least 1"),
         ("keep: 0.9", "keep=0.9 of 64 is 57.6, and the nearest width below 64 that is a multiple of 64 is none"),
-        ("multiple: 9", "and the nearest width below 64 that is a multiple of 36 is 36. Lower multiple=9"),
+        (
+            "multiple: 9",
+            "and the nearest width below 64 that is a multiple of 9 and of the number of heads is 36. Lower multiple",
+        ),
         ("keep: 0.05, multiple: 8", "keep=0.05 of 64 is 3.2"),
     ],
 )
