@@ -228,7 +228,12 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     found = convert(arguments.folder, arguments.to, arguments.output, overwrite=arguments.overwrite)
     told = f"{size(found['bytes_before'])} → {size(found['bytes_after'])}"
-    _print(arguments, found, [("output", found["output"]), ("format", found["format"]), ("size", told)])
+    lines = [("output", found["output"]), ("format", found["format"]), ("size", told)]
+    if "exact" in found:
+        lines.append(
+            ("layers", f"{found['exact']} with their codes as they were, {found['requantized']} quantized anew")
+        )
+    _print(arguments, found, lines)
     return 0
 
 

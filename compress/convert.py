@@ -2,6 +2,9 @@
 
 A folder is read layer by layer, each layer's codes, scales and zero points are written in the other format, and what
 lies on disk is read back and compared, bit for bit, before the folder appears under its name.
+
+GGUF is one file with types of its own. Codes go into it as they are where a type holds them; other layers, and those of
+an ordinary folder, are quantized anew, and the result says how many were (`compress.checkpoint.gguf`).
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from torch import Tensor, nn
 
 from compress.checkpoint import FORMATS, Format, format_for
 from compress.checkpoint.folder import OutputFolder
-from compress.checkpoint.weights import QuantizedWeights
+from compress.checkpoint.gguf import export, kind_named
+from compress.checkpoint.weights import QuantizedWeights, open_weights
 from compress.errors import ModelError, OutputError, RequestError, VerificationError
 from compress.models.headers import read_folder
 from compress.models.selection import did_you_mean
-from compress.models.store import DTYPES, empty_module, local_folder
+from compress.models.store import DTYPES, empty_module, load_tokenizer, local_folder
 from compress.recipe import CheckpointOptions
 
 
@@ -27,9 +31,11 @@ def convert(source: str | Path, to: str, output: str | Path, *, overwrite: bool 
 
     Raises RequestError before anything is written where the folder or the format cannot be that, with the reason.
     """
+    if to.startswith("gguf-"):
+        return _gguf(source, to, Path(output), overwrite)
     if to not in FORMATS:
         raise RequestError(
-            f"--to {to}: there is no such format.{did_you_mean(to, FORMATS)} There are {', '.join(FORMATS)}"
+            f"--to {to}: there is no such format.{did_you_mean(to, FORMATS)} There are {', '.join(FORMATS)}, gguf-q4_0 …"
         )
     folder = read_folder(local_folder(str(source)))
     if not folder.config.get("quantization_config"):
@@ -54,6 +60,32 @@ def convert(source: str | Path, to: str, output: str | Path, *, overwrite: bool 
         "layers": len(weights.schemes),
         "bytes_before": folder.bytes,
         "bytes_after": size,
+    }
+
+
+def _gguf(source: str | Path, to: str, output: Path, overwrite: bool) -> dict[str, Any]:
+    """A folder, quantized or not, as one file for llama.cpp. `output`: the file, or a folder for `model.gguf`."""
+    try:
+        kind = kind_named(to)
+    except ValueError as error:
+        raise RequestError(f"--to {error}") from error
+    path = local_folder(str(source))
+    weights = open_weights(path)
+    file = output if output.suffix == ".gguf" else output / "model.gguf"
+    if file.exists() and not overwrite:
+        raise OutputError(f"{file}: exists already. Choose another --output, or give --overwrite")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = export(weights, kind, load_tokenizer(path), file)
+    return {
+        "model": str(source),
+        "output": str(file),
+        "format": to,
+        "layers": written.exact + written.requantized,
+        "exact": written.exact,
+        "requantized": written.requantized,
+        "types": written.kinds,
+        "bytes_before": weights.folder.bytes,
+        "bytes_after": file.stat().st_size,
     }
 
 

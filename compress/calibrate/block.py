@@ -167,7 +167,7 @@ class Block:
         self._set_approximation(name)
 
     def rewrite(self, name: str, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None) -> None:
-        """Replace a layer's weight, and its bias if one is given, by full-precision ones; of another shape if need be."""
+        """Replace a layer's weight, and its bias if one is given, by full-precision ones, of any shape."""
         self.rewritten[f"{name}.weight"] = weight
         if bias is not None:
             self._rewrite_vector(f"{name}.bias", bias)

@@ -112,7 +112,8 @@ def _kind(value: Any) -> int:
 
 def _value(value: Any, kind: int) -> bytes:
     if kind == ARRAY:
-        inner = INT32 if value and isinstance(value[0], int) and not isinstance(value[0], bool) else _kind(value[0])
+        inner = _kind(value[0]) if value else STRING
+        inner = INT32 if inner == UINT32 else inner
         return struct.pack("<IQ", inner, len(value)) + b"".join(_value(each, inner) for each in value)
     return _string(value) if kind == STRING else struct.pack(NUMBERS[kind], value)
 

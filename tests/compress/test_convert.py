@@ -71,3 +71,14 @@ def test_nothing_is_written_where_the_request_is_wrong(tiny: Path, packed: Path,
     with pytest.raises(OutputError, match="is the folder itself"):
         convert(packed, "gptq", packed, overwrite=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_gguf_says_which_codes_it_kept(packed: Path, tiny: Path, tmp_path: Path) -> None:
+    kept = convert(packed, "gguf-q4_0", tmp_path / "out")
+    assert (kept["exact"], kept["requantized"], kept["output"]) == (21, 0, str(tmp_path / "out" / "model.gguf"))
+    anew = convert(tiny, "gguf-q8_0", tmp_path / "model.gguf")
+    assert (anew["exact"], anew["requantized"]) == (0, 21)
+    with pytest.raises(OutputError, match="exists already"):
+        convert(tiny, "gguf-q8_0", tmp_path / "model.gguf")
+    with pytest.raises(RequestError, match="There are gguf-q4_0"):
+        convert(tiny, "gguf-q9", tmp_path / "other")

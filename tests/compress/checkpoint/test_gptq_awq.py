@@ -70,7 +70,8 @@ class TestEveryWidth:
         headers: dict[str, Any] = {key: TensorHeader(key, *entry, None, 0) for key, entry in layout.items()}  # type: ignore[arg-type]
         assert form.shape("layer", headers, tensor.grid) == tensor.shape
         config = form.quantization_config({"layer": Scheme(tensor.grid)}, ["lm_head"])
-        assert config and format_of({"quantization_config": config}) == form
+        assert config
+        assert format_of({"quantization_config": config}) == form
         assert form.schemes(config, headers) == {"layer": Scheme(tensor.grid)}
 
     def test_a_decoder_written_from_the_description_computes_the_same(

@@ -53,8 +53,10 @@ def test_codes_and_steps_learn() -> None:
     torch.manual_seed(0)
     layer = LearnedLinear(nn.Linear(32, 8), parse_scheme("w3a16", 16, True), "mse", torch.float32)
     layer(torch.randn(4, 32)).square().sum().backward()
-    assert layer.weight.grad is not None and layer.weight.grad.any()
-    assert layer.log_scale.grad is not None and layer.log_scale.grad.any()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.any()
+    assert layer.log_scale.grad is not None
+    assert layer.log_scale.grad.any()
 
 
 def test_rounded_inputs_are_rounded_in_training() -> None:
@@ -65,7 +67,8 @@ def test_rounded_inputs_are_rounded_in_training() -> None:
     x = torch.randn(4, 32, requires_grad=True)
     assert not torch.equal(plain(x), both(x))
     both(x).sum().backward()
-    assert x.grad is not None and x.grad.any()
+    assert x.grad is not None
+    assert x.grad.any()
 
 
 @pytest.mark.parametrize(
