@@ -35,7 +35,8 @@ def convert(source: str | Path, to: str, output: str | Path, *, overwrite: bool 
         return _gguf(source, to, Path(output), overwrite)
     if to not in FORMATS:
         raise RequestError(
-            f"--to {to}: there is no such format.{did_you_mean(to, FORMATS)} There are {', '.join(FORMATS)}, gguf-q4_0 …"
+            f"--to {to}: there is no such format.{did_you_mean(to, FORMATS)} There are {', '.join(FORMATS)} and "
+            "gguf-q4_0, gguf-q4_k …"
         )
     folder = read_folder(local_folder(str(source)))
     if not folder.config.get("quantization_config"):
