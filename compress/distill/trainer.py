@@ -61,6 +61,8 @@ class Trainer:
         self.micro_batch = training.micro_batch or self.share
         device, dtype = accelerator.device, compute_dtype("BF16", training.precision, accelerator.device.type)
         self.dtype = dtype
+        if not (objective.divergence or objective.hidden or objective.relations):
+            teacher = None  # cross-entropy alone does not ask for one
         self.teacher: Teacher = lambda rows, tokens: None
         if teacher and training.teacher_top_k:
             known = torch.cat([self._batch(0, self.steps * training.batch_size), self.held_out]).unique()

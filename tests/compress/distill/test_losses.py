@@ -70,9 +70,13 @@ def test_gradients_of_forward_kl_are_those_of_the_plain_formula_and_reach_the_st
     assert teacher.grad is None
 
 
+EPS = torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("k", [None, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_size_of_a_chunk_makes_no_difference(kind: str, k: int | None) -> None:
+def test_the_size_of_a_chunk_makes_no_difference_beyond_the_last_digit(kind: str, k: int | None) -> None:
+    """exp and log of a vector's last elements are computed by other code than those before, an ulp apart."""
     student, teacher = logits(0, 7).requires_grad_(), logits(1, 7)
     beliefs = teacher if k is None else top_k(teacher, k)
     results = []
@@ -81,8 +85,8 @@ def test_the_size_of_a_chunk_makes_no_difference(kind: str, k: int | None) -> No
         (gradient,) = torch.autograd.grad(losses.sum(), student)
         results.append((losses.detach(), gradient))
     for losses, gradient in results[1:]:
-        assert torch.equal(losses, results[0][0])
-        assert torch.equal(gradient, results[0][1])
+        torch.testing.assert_close(losses, results[0][0], rtol=8 * EPS, atol=8 * EPS)
+        torch.testing.assert_close(gradient, results[0][1], rtol=8 * EPS, atol=8 * EPS)
 
 
 def test_logits_in_bfloat16_are_computed_with_in_float32_and_get_gradients_of_their_own_type() -> None:
