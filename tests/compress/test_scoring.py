@@ -17,7 +17,7 @@ from compress.scoring import is_streamed
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, True),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, False),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, True),
-        ({"quant_method": "gptq"}, False),
+        ({"quant_method": "quark"}, False),
     ],
 )
 def test_a_folder_is_streamed_where_netsuke_reads_its_format(quantization: dict[str, Any], streamed: bool) -> None:
