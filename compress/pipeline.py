@@ -55,8 +55,8 @@ def run(
     dataset name that replaces the recipe's. Raises RequestError before anything is written, RunError afterwards:
     then finished blocks are kept, and the same call with `resume=True` goes on.
 
-    Under `accelerate launch` or `torchrun` every process makes this call. The first does the work, the others train with it, which is
-    all they do; they return an empty report.
+    Under `accelerate launch` or `torchrun` every process makes this call. The first does the work, the others train
+    with it, which is all they do; they return an empty report.
     """
     plan = prepare(recipe, model=model, calibration=calibration, overrides=overrides)
     target = output or plan.recipe.output
