@@ -18,10 +18,16 @@ def shapes(report: Report) -> Html:
     first = Number(report["parameters_before"], f"{report['parameters_before']:,}")
     rows = [["original", first, Number(report["bytes_before"], size(report["bytes_before"])), ""]]
     for found in segments:
-        told = found.get("removed") or found.get("kept") or ""
         parameters, total = found["parameters"], found["bytes"]
-        rows.append([found["stage"], Number(parameters, f"{parameters:,}"), Number(total, size(total)), told])
-    return table(["after", "parameters", "bytes", ""], rows)
+        rows.append([found["stage"], Number(parameters, f"{parameters:,}"), Number(total, size(total)), _told(found)])
+    notes = [note(f"{found['stage']}: {told}") for found in segments for told in found.get("notes") or ()]
+    return join([table(["after", "parameters", "bytes", ""], rows), *notes])
+
+
+def _told(found: Report) -> str:
+    """What went, or what is left, in a few words."""
+    gone = found.get("removed")
+    return f"without block {', '.join(map(str, gone))}" if gone else found.get("kept") or ""
 
 
 def candidates(report: Report) -> Html:

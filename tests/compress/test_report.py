@@ -202,6 +202,23 @@ def test_two_stages_have_two_heat_maps_and_are_told_apart() -> None:
     assert "stage" in document.text
 
 
+def test_segments_have_their_shapes_and_trainings_their_curves() -> None:
+    curve = [{"step": step, "loss": 0.5 / (step + 1), "held_out": 0.4 / (step + 1)} for step in range(4)]
+    segments = [
+        {"stage": "depth", "parameters": 900, "bytes": 1800, "removed": [3, "4.mlp"], "notes": ["expert 2 saw little"]},
+        {
+            "stage": "distill", "parameters": 900, "bytes": 1800, "curve": curve, "best_step": 3, "steps": 3,
+            "tokens": 4096, "stopped_early": True,
+        },
+    ]  # fmt: skip
+    shown = Document(render(sample() | {"segments": segments, "parameters_before": 1000, "parameters_after": 900}))
+    assert not shown.open
+    assert "without block 3, 4.mlp" in shown.text
+    assert "depth: expert 2 saw little" in shown.text
+    assert "held-out loss 0.400 → 0.100 at step 3 of 3, over 4,096 tokens; it ended early" in shown.text
+    assert "Training" not in Document(render(sample())).text
+
+
 def test_scores_alone_make_a_page() -> None:
     result = {**sample()["evaluation"], "tasks": {"blimp": {"acc": 0.71, "stderr": 0.014}}}
     document = Document(render_scores(result))
