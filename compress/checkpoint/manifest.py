@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import OutputError, writing
-from compress.models.headers import Folder
+from compress.models.headers import Folder, fingerprint
 
 if TYPE_CHECKING:
     from compress.checkpoint.folder import OutputFolder
-
-SAMPLE = 1 << 16
-"""Bytes read from the beginning and the end of each weight file for its fingerprint."""
 
 
 @dataclass
@@ -74,15 +71,9 @@ class Manifest:
 
 def run_key(recipe: str, folder: Folder, data_hash: str) -> str:
     """The identity of a run: resolved recipe, model fingerprint, hash of the calibration tokens."""
-    digest = hashlib.sha256()
-    for part in (recipe, json.dumps(folder.config, sort_keys=True), data_hash):
+    digest = hashlib.sha256(fingerprint(folder))
+    for part in (recipe, data_hash):
         digest.update(hashlib.sha256(part.encode()).digest())
-    for file in folder.files:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            head = stream.read(SAMPLE)
-            stream.seek(max(0, size - SAMPLE))
-            digest.update(f"{file.name}:{size}".encode() + head + stream.read())
     return digest.hexdigest()
 
 

@@ -24,10 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.errors import OutputError, writing
-from compress.models.headers import read_folder
-
-SAMPLE = 1 << 16
-"""Bytes read from the beginning and the end of each weight file to tell it from others."""
+from compress.models.headers import fingerprint, read_folder
 
 Curve = list[dict[str, Any]]
 """For each step, its number, `loss`, `held_out` where it was measured, and `learning_rate`; first what was before."""
@@ -39,14 +36,7 @@ def key_of(facts: Any, tokens: Sequence[Int[Tensor, "windows length"]], folders:
     for windows in tokens:
         digest.update(f"{list(windows.shape)}".encode() + windows.cpu().numpy().tobytes())
     for path in folders:
-        folder = read_folder(path)
-        digest.update(json.dumps(folder.config, sort_keys=True).encode())
-        for file in folder.files:
-            size = file.stat().st_size
-            with file.open("rb") as stream:
-                digest.update(f"{file.name}:{size}".encode() + stream.read(SAMPLE))
-                stream.seek(max(0, size - SAMPLE))
-                digest.update(stream.read())
+        digest.update(fingerprint(read_folder(path)))
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ may name files inside its own folder only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ BYTES = {
 """Of an element, by type, in the order in which `safetensors` lays out tensors."""
 MAX_HEADER = 100_000_000
 """The largest header the reference implementation accepts, in bytes."""
+SAMPLE = 1 << 16
+"""Bytes read from the beginning and the end of each weight file for its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,18 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{file}: holds {type(content).__name__}, expected a JSON object")
     return content
+
+
+def fingerprint(folder: Folder) -> bytes:
+    """What tells a model from others: its config, and names, sizes and both ends of its weight files."""
+    digest = hashlib.sha256(json.dumps(folder.config, sort_keys=True).encode())
+    for file in folder.files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            digest.update(f"{file.name}:{size}".encode() + stream.read(SAMPLE))
+            stream.seek(max(0, size - SAMPLE))
+            digest.update(stream.read())
+    return digest.digest()
 
 
 def file_bytes(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
