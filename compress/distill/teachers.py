@@ -2,7 +2,7 @@
 
 The second needs no memory, and no time in training, but it can be asked about the windows of a known list only, and
 about nothing but the likeliest tokens. When it is asked, each process asks about its share of the windows and writes a
-file of its own (`compress.distill.teacher`); later every process reads all of them.
+file of its own (`compress.distill.teacher_cache`); later every process reads all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compress.distill.checkpoint import key_of
 from compress.distill.features import uniform_layers
 from compress.distill.losses import TopK
 from compress.distill.objective import Objective, Outputs
-from compress.distill.teacher import Layout, TeacherCache, top_k
+from compress.distill.teacher_cache import Layout, TeacherCache, top_k
 from compress.models.store import read_config
 
 Teacher = Callable[[Int[Tensor, " windows"], Int[Tensor, "windows length"]], Outputs | TopK | None]

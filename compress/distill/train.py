@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from compress.distill.checkpoint import Checkpoints, Curve, key_of
 from compress.distill.objective import Objective
-from compress.distill.trainer import Trainer
+from compress.distill.steps import Trainer
 from compress.errors import RequestError
 
 Tell = Callable[[str, float, str], None]

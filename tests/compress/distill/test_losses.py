@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from compress.distill.divergences import MIXED, PLAIN, ForwardKL, JensenShannon, ReverseKL, divergence_of
 from compress.distill.losses import TopK, cross_entropy, mean_over_valid, token_losses
-from compress.distill.teacher import top_k
+from compress.distill.teacher_cache import top_k
 
 KINDS = [*PLAIN, *MIXED]
 VOCABULARY = 11

@@ -15,7 +15,7 @@ from compress.distill.divergences import JensenShannon
 from compress.distill.features import Projection, hidden_losses, relation_losses
 from compress.distill.losses import TopK, mean_over_valid, token_losses
 from compress.distill.objective import Objective, Outputs
-from compress.distill.teacher import top_k
+from compress.distill.teacher_cache import top_k
 
 WINDOWS, LENGTH, VOCABULARY = 3, 5, 11
 ALL = Objective("jsd", 2.0, 0.3, divergence=1.0, cross_entropy=0.5, hidden=2.0, relations=0.25, relation_heads=2)

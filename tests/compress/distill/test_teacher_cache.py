@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from compress.distill import teacher as module
+from compress.distill import teacher_cache as module
 from compress.distill.divergences import ForwardKL
 from compress.distill.losses import TopK, token_losses
-from compress.distill.teacher import HEADER, Layout, TeacherCache, top_k
+from compress.distill.teacher_cache import HEADER, Layout, TeacherCache, top_k
 from compress.errors import NumericalError, OutputError, StorageError
 
 LAYOUT = Layout("a teacher and its tokens", vocabulary=50, length=6, k=4)
@@ -137,15 +137,15 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from compress.distill import teacher
-from compress.distill.teacher import Layout, TeacherCache, top_k
+from compress.distill import teacher_cache
+from compress.distill.teacher_cache import Layout, TeacherCache, top_k
 
 layout = Layout("a teacher and its tokens", vocabulary=50, length=6, k=4)
 top = top_k(3 * torch.randn(5, 6, 50, generator=torch.Generator().manual_seed(0)), 4)
 cache = TeacherCache(Path(sys.argv[1]), layout)
-cache.append(teacher.TopK(top.indices[:2], top.log_probs[:2]))
+cache.append(teacher_cache.TopK(top.indices[:2], top.log_probs[:2]))
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-cache.append(teacher.TopK(top.indices[2:], top.log_probs[2:]))
+cache.append(teacher_cache.TopK(top.indices[2:], top.log_probs[2:]))
 """
 
 
