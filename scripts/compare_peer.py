@@ -34,6 +34,7 @@ from eval.evaluate import logits_of, score_texts
 SCRIPTS = Path(__file__).resolve().parent
 RESULTS = SCRIPTS.parent / "recipes" / "RESULTS.md"
 SEED = 0
+SAMPLES = 128
 EARLIER = ", made up for earlier layers"
 EARLIER_OURS = f"{EARLIER} by netsuke"
 
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--limit", type=int, help="windows of the test text to score (default: all)")
     parser.add_argument("--only", default="", help="only rows with this in their name; they are printed, not kept")
@@ -278,7 +279,7 @@ def preamble(options: argparse.Namespace, windows: Windows) -> str:
         f"standard error; {f'the first {options.limit}' if options.limit else 'all'} windows are scored.\n\n"
         f"`scripts/compare_peer.py {options.peer} --peer-python PEER/bin/python --peer-dtype {options.peer_dtype} "
         f"--model {options.model.name} --calibration {options.calibration.name} --test {options.test.name}"
-        f"{f' --limit {options.limit}' if options.limit else ''}`"
+        f"{f' --samples {count}' if count != SAMPLES else ''}{f' --limit {options.limit}' if options.limit else ''}`"
     )
 
 
