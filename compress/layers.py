@@ -44,14 +44,6 @@ class LayerPlan:
         return "quantize" if self.scheme else "keep" if self.pruner is None else "prune"
 
 
-def context_length(config: Mapping[str, Any]) -> int:
-    """The longest sequence the model was made for; 2048 where its config does not say."""
-    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length"):
-        if isinstance(config.get(key), int):
-            return config[key]
-    return 2048
-
-
 def num_blocks_of(config: Mapping[str, Any], anatomy: Anatomy, tensors: Mapping[str, TensorHeader]) -> int:
     """Blocks the model runs. Files may hold more, heads that predict several tokens, say; those are only copied."""
     prefix = f"{anatomy.blocks}."

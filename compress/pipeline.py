@@ -32,7 +32,7 @@ from compress.plan import Plan
 from compress.recipe import Recipe, dump, load, overridden
 from compress.scoring import Progress
 from compress.search import await_shape, find_shape, suppose_shape
-from compress.segments import complete, follow, is_companion
+from compress.segments import check, complete, follow, is_companion
 from compress.stage import Stage
 from compress.texts import Texts
 
@@ -77,6 +77,7 @@ def run(
     texts = Texts.read(plan)
     if plan.recipe.calibrated and len(texts.windows.tokens) < plan.windows:
         plan = plan.with_windows(len(texts.windows.tokens))
+    check(plan, texts, device)
     if companion:
         follow(await_shape(plan, folder.scratch), texts, folder.scratch)
         return {}

@@ -22,10 +22,10 @@ from compress.core.scheme import Scheme
 from compress.core.sparsity import Pattern
 from compress.errors import ModelError, RecipeError
 from compress.footprint import peak_memory, training_memory
-from compress.layers import LayerPlan, context_length, layer_plan, num_blocks_of, shape_of, shards_of
+from compress.layers import LayerPlan, layer_plan, num_blocks_of, shape_of, shards_of
 from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
-from compress.models.headers import Folder, canonical, file_bytes, tensor_bytes
+from compress.models.headers import Folder, canonical, context_length, file_bytes, tensor_bytes
 from compress.models.selection import did_you_mean
 from compress.models.store import Weights, compute_dtype
 from compress.recipe import Recipe
@@ -262,6 +262,9 @@ def _plan(
     refuse_quantized(folder)
     problems: list[str] = []
     form = _format(recipe)
+    calibrated = recipe.calibrated
+    wanted = recipe.calibration.sequence_length if calibrated else PROBE_LENGTH
+    length = min(wanted, context_length(folder.config))
     anatomy = anatomy_for(folder.config, folder.shapes)
     tensors = canonical(folder.tensors, anatomy)
     view, viewed = recipe.view, folder
@@ -274,7 +277,7 @@ def _plan(
         problems += lint.segment(recipe, shaper.problems(viewed, anatomy))
         after = viewed if problems else shaper.folder(viewed, anatomy)
     if recipe.trainer:
-        problems += lint.segment(recipe, recipe.trainer.problems(anatomy))
+        problems += lint.segment(recipe, recipe.trainer.problems(anatomy, folder.config, length))
     num_blocks = num_blocks_of(viewed.config, anatomy, tensors)
     candidates = assignment.candidates(anatomy, tensors, num_blocks)
     owner, reasons = assignment.assign(recipe, candidates, problems)
@@ -313,9 +316,6 @@ def _plan(
         notes.append("mixture of experts: no stage quantizes expert matrices and routers")
         if schemes and form.packs:
             notes.append("packed layers beside experts in floats: compress.load reads that, transformers 5.24 does not")
-    calibrated = recipe.calibrated
-    context = context_length(folder.config)
-    length = min(recipe.calibration.sequence_length, context) if calibrated else min(PROBE_LENGTH, context)
     if calibrated and length < recipe.calibration.sequence_length:
         notes.append(f"calibration windows have {length} tokens, the model's context")
     if anatomy.head and f"{anatomy.head}.weight" not in tensors:

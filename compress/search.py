@@ -27,9 +27,8 @@ from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest
 from compress.errors import DataError, RecipeError, RunError, eval_package
 from compress.job import Job
-from compress.layers import context_length
 from compress.models import anatomy_for
-from compress.models.headers import Folder, read_json
+from compress.models.headers import Folder, context_length, read_json
 from compress.models.store import LazyModel, compute_dtype
 from compress.plan import Plan, make_plan, refuse_quantized
 from compress.prune.depth import Depth

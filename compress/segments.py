@@ -21,7 +21,8 @@ from torch import Tensor
 
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key
-from compress.errors import NumericalError
+from compress.distill.optimizer import optimizer_class
+from compress.errors import NumericalError, RequestError
 from compress.job import Job
 from compress.models.experts import taken_apart
 from compress.models.headers import Folder, canonical, read_folder
@@ -34,6 +35,16 @@ from compress.texts import Texts
 
 TRAINING = "training"
 """In the scratch folder of a segment that trains: its checkpoints."""
+
+
+def check(plan: Plan, texts: Texts, device: str) -> None:
+    """Raises RequestError, before anything is written, for what a training would only find out when its turn comes: too
+    little text, or no such optimizer."""
+    for segment in plan.segments:
+        if stage := segment.recipe.trainer:
+            length = stage.training.sequence_length or segment.sequence_length
+            texts.for_training(stage.dataset, length, length, segment.recipe.calibration)
+            optimizer_class(stage.training.optimizer, torch.device(device))
 
 
 def complete(plan: Plan, texts: Texts, scratch: Path, manifest: Manifest, device: str, tell: Progress) -> Plan:
@@ -153,7 +164,10 @@ def train(plan: Plan, teacher: Folder, work: Path, texts: Texts, tell: Progress)
     stage = plan.recipe.trainer
     length = stage.training.sequence_length or plan.sequence_length
     windows, held_out = texts.for_training(stage.dataset, stage.training.tokens, length, plan.recipe.calibration)
-    trained = stage.train(plan.folder.path, teacher.path, windows, held_out, work, tell)
+    try:
+        trained = stage.train(plan.folder.path, teacher.path, windows, held_out, work, tell)
+    except ValueError as error:
+        raise RequestError(f"{stage.name}: {error}") from error
     together(lambda: 0)  # or the first would take the folder away from under the others
     return trained
 

@@ -151,8 +151,8 @@ class Trainer(Stage, Protocol):
     dataset: str | None
     """What is trained on; None: what is left of the calibration text."""
 
-    def problems(self, anatomy: Anatomy) -> list[str]:
-        """Why this model cannot be trained, a sentence each."""
+    def problems(self, anatomy: Anatomy, config: Mapping[str, Any], length: int) -> list[str]:
+        """Why this model cannot be trained, a sentence each. `length`: of calibration windows."""
         ...
 
     def train(

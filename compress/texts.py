@@ -1,6 +1,7 @@
 """The texts of a run: what it calibrates on, what it is scored on, and what is left to train on.
 
-All are read before the work begins, so that a missing file is known before it, and no document is used twice.
+The first two are read before the work begins, and enough of the third to know that it is there. No document of the
+calibration text serves two of these purposes.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ class Texts:
     ) -> tuple[Int[Tensor, "windows length"], Int[Tensor, "held_out length"]]:
         """Windows to train on, as many as `tokens` fill and the text has, and others to watch the training on.
 
-        `dataset`: None for what is left of the calibration text. Raises DataError where there is too little.
+        `dataset`: None, or the calibration's own, for what is left of that text. Raises DataError where that is too
+        little.
         """
         documents = list(self.unused)
-        if dataset is not None:
+        if dataset not in (None, calibration.dataset):
             documents = read_dataset(dataset, calibration.split, self.tokenizer)
         wanted = HELD_OUT + -(-tokens // length)
         try:

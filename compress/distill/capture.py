@@ -57,7 +57,7 @@ class Capture:
             last = num_blocks(model, anatomy) - 1
             layers = [name for name, role in anatomy.roles.items() if role == "attn.v"]
             if not layers:
-                raise ModelError(f"{anatomy.family} models have no layer of their own for values: set relations to 0")
+                raise ModelError(no_values(anatomy))
             model.get_submodule(f"{anatomy.blocks}.{last}.{layers[0]}").register_forward_hook(self._keep)
 
     def _keep(self, _: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -69,6 +69,11 @@ class Capture:
         hidden = [result.hidden_states[block + 1] for block in self.blocks]  # the first are the embeddings
         values, self.values = self.values, None
         return Outputs(result.logits, hidden, values)
+
+
+def no_values(anatomy: Anatomy) -> str:
+    """What to say where values are made together with keys."""
+    return f"{anatomy.family} models have no layer of their own for values: set relations to 0"
 
 
 def num_blocks(model: nn.Module, anatomy: Anatomy) -> int:

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Int
 from torch import Tensor
 
 from compress.core.scheme import Scheme
 from compress.distill.objective import Objective
-from compress.distill.train import Trained, Training, train
+from compress.distill.train import Trained, Training, obstacles, train
 from compress.models.anatomy import Anatomy
 from compress.stage import LayerReport, Role
 
@@ -41,9 +41,8 @@ class Distill:
     objective: Objective = field(default_factory=Objective)
     training: Training = field(default_factory=Training)
 
-    def problems(self, anatomy: Anatomy) -> list[str]:
-        """Without a head there is no distribution to learn."""
-        return [] if anatomy.head else [f"the {anatomy.family} model has no head, and so no distribution to learn"]
+    def problems(self, anatomy: Anatomy, config: Mapping[str, Any], length: int) -> list[str]:
+        return obstacles(self.training, self.objective, anatomy, config, length)
 
     def train(
         self,

@@ -6,6 +6,7 @@ points (`*.log_scale`, `*.zero_point`), which also move at a rate of their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,10 +36,10 @@ def parameter_groups(
     return [{"params": group, "weight_decay": decay} for group, decay, _ in groups], [rate for *_, rate in groups]
 
 
-def make_optimizer(kind: str, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+def optimizer_class(kind: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
     """Raises RequestError where states of 8 bits (arXiv 2110.02861) are asked for and cannot be had."""
     if kind == "adamw":
-        return torch.optim.AdamW(groups, betas=BETAS)
+        return torch.optim.AdamW
     if device.type == "cpu":
         raise RequestError("optimizer='adamw8bit' needs a GPU, and this is a CPU: use adamw")
     try:
@@ -47,4 +48,9 @@ def make_optimizer(kind: str, groups: list[dict[str, Any]], device: torch.device
         raise RequestError(
             f"optimizer='adamw8bit' needs bitsandbytes ({error}): pip install 'netsuke[gpu]', or use adamw"
         ) from error
-    return AdamW8bit(groups, betas=BETAS)
+    return AdamW8bit
+
+
+def make_optimizer(kind: str, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """Raises RequestError as `optimizer_class` does."""
+    return optimizer_class(kind, device)(groups, betas=BETAS)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from compress.core.lsq import fake_quantize, rounded
 from compress.core.metrics import relative_error
 from compress.core.scheme import GroupSize, Scheme, parse_scheme
 from compress.distill.objective import Objective
-from compress.distill.train import Trained, Training, train
+from compress.distill.train import Trained, Training, obstacles, train
 from compress.errors import naming
 from compress.models.anatomy import Anatomy
 from compress.models.headers import read_folder
@@ -144,10 +144,11 @@ class QuantizationAwareTraining:
     def training(self) -> Training:
         return self.quantizer.training
 
-    def problems(self, anatomy: Anatomy) -> list[str]:
+    def problems(self, anatomy: Anatomy, config: Mapping[str, Any], length: int) -> list[str]:
+        found = obstacles(self.training, self.quantizer.objective, anatomy, config, length)
         if anatomy.transposed:
-            return [f"the {anatomy.family} family stores its weights [in, out], for which steps are not learned"]
-        return [] if anatomy.head else [f"the {anatomy.family} model has no head, and so no distribution to learn"]
+            found.append(f"the {anatomy.family} family stores its weights [in, out], for which steps are not learned")
+        return found
 
     def train(
         self,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,10 +30,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from compress.core.kv import heads_of
+from compress.distill.capture import no_values
 from compress.distill.checkpoint import Checkpoints, Curve, key_of
 from compress.distill.objective import Objective
 from compress.distill.steps import Trainer
 from compress.errors import RequestError
+from compress.models.anatomy import Anatomy
+from compress.models.headers import context_length
 
 Tell = Callable[[str, float, str], None]
 """Called with the phase, the share of it that is done (0…1), and a few words."""
@@ -214,6 +218,41 @@ def _silence(phase: str, share: float, words: str) -> None:
     """Progress of a process that is not the main one."""
 
 
+def obstacles(
+    training: Training, objective: Objective, anatomy: Anatomy, config: Mapping[str, Any], length: int
+) -> list[str]:
+    """Why a model of this config cannot be trained so on windows of `length` tokens, a sentence each."""
+    if anatomy.head is None:
+        return [f"the {anatomy.family} model has no head, and so no distribution to learn"]
+    found = unfit(training, objective, training.sequence_length or length)
+    context, vocabulary = context_length(config), config.get("vocab_size", math.inf)
+    if (training.sequence_length or 0) > context:
+        found.append(f"sequence_length={training.sequence_length} is more than the model's context, {context}")
+    if (training.teacher_top_k or 0) > vocabulary:
+        found.append(f"teacher_top_k={training.teacher_top_k} is more than the vocabulary's {vocabulary}")
+    if objective.relations and "attn.v" not in anatomy.roles.values():
+        found.append(no_values(anatomy))
+    elif objective.relations and math.prod(heads_of(config)) % (objective.relation_heads or 1):
+        width = math.prod(heads_of(config))
+        found.append(f"relation_heads={objective.relation_heads} must divide the width of values, {width}")
+    return found
+
+
+def unfit(training: Training, objective: Objective, length: int) -> list[str]:
+    """What does not go together, whatever is trained."""
+    found = []
+    if training.tokens < training.batch_size * length:
+        found.append(
+            f"tokens={training.tokens} are less than one batch of {training.batch_size} windows of {length} tokens"
+        )
+    if training.teacher_top_k and (objective.hidden or objective.relations):
+        found.append(
+            f"teacher_top_k={training.teacher_top_k} keeps what a teacher says, not what it computes on the way: "
+            "set hidden and relations to 0, or leave it out"
+        )
+    return found
+
+
 def _check(
     teacher: Path | None,
     windows: Tensor,
@@ -230,16 +269,9 @@ def _check(
         )
     if training.sequence_length not in (None, length):
         raise ValueError(f"sequence_length={training.sequence_length}, but windows have {length} tokens")
-    if training.tokens < training.batch_size * length:
-        raise ValueError(
-            f"tokens={training.tokens} are less than one batch of {training.batch_size} windows of {length} tokens"
-        )
+    for problem in unfit(training, objective, length):
+        raise ValueError(problem)
     if training.lora_rank and prepare:
         raise ValueError(f"lora_rank={training.lora_rank}: products cannot be merged into layers that are prepared")
     if training.teacher_top_k and not teacher:
         raise ValueError(f"teacher_top_k={training.teacher_top_k} needs a teacher")
-    if training.teacher_top_k and (objective.hidden or objective.relations):
-        raise ValueError(
-            f"teacher_top_k={training.teacher_top_k} keeps what a teacher says, not what it computes on the way: "
-            "set hidden and relations to 0, or leave it out"
-        )

@@ -107,6 +107,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def context_length(config: Mapping[str, Any]) -> int:
+    """The longest sequence the model was made for; 2048 where its config does not say."""
+    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length"):
+        if isinstance(config.get(key), int):
+            return config[key]
+    return 2048
+
+
 def fingerprint(folder: Folder) -> bytes:
     """What tells a model from others: its config, and names, sizes and both ends of its weight files."""
     digest = hashlib.sha256(json.dumps(folder.config, sort_keys=True).encode())

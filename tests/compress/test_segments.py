@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import compress
 from compress.distill.distill import Distill
+from compress.distill.objective import Objective
 from compress.distill.train import Training
-from compress.errors import RecipeError
+from compress.errors import RecipeError, RequestError
 from compress.models.headers import read_folder
 from compress.pipeline import prepare
 from compress.prune.depth import Depth
@@ -87,6 +88,41 @@ def test_a_pruned_and_healed_folder_loads_in_plain_transformers(tiny: Path, text
 def test_stages_that_make_another_model_come_first(tiny: Path, text: Path) -> None:
     with pytest.raises(RecipeError, match="depth makes another model; put it before rtn"):
         prepare(recipe(text, RTN("w4a16", 32), Depth(remove=1)), model=str(tiny))
+
+
+TOP_K = replace(TRAINING, teacher_top_k=4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (Distill(dataset="nowhere.jsonl", training=TRAINING), "nowhere.jsonl: there is no such file"),
+        (Distill(training=replace(TRAINING, tokens=100)), "tokens=100 are less than one batch of 4 windows of 32"),
+        (
+            Distill(training=replace(TRAINING, sequence_length=128)),
+            "sequence_length=128 is more than the model's context",
+        ),
+        (
+            Distill(training=replace(TRAINING, teacher_top_k=1000)),
+            "teacher_top_k=1000 is more than the vocabulary's 258",
+        ),
+        (Distill(training=replace(TRAINING, optimizer="adamw8bit")), "adamw8bit' needs a GPU|needs bitsandbytes"),
+        (
+            Distill(objective=Objective(hidden=1.0), training=replace(TRAINING, teacher_top_k=4)),
+            "set hidden and relations",
+        ),
+        (
+            Distill(objective=Objective(relations=1.0, relation_heads=5), training=TRAINING),
+            "relation_heads=5 must divide",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_known_before_anything_is_written(
+    stage: Distill, message: str, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        compress.run(recipe(text, Depth(remove=1), stage), model=str(tiny), output=tmp_path / "out", device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def command(text: Path, folder: Path, tiny: Path, *more: str) -> list[str]:
