@@ -9,6 +9,7 @@ an ordinary folder, are quantized anew, and the result says how many were (`comp
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from compress.checkpoint import FORMATS, Format, format_for
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.gguf import export, kind_named
+from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.weights import QuantizedWeights, open_weights
-from compress.errors import ModelError, OutputError, RequestError, VerificationError
+from compress.errors import ModelError, NetsukeError, OutputError, RequestError, VerificationError
 from compress.models.headers import read_folder
 from compress.models.selection import did_you_mean
 from compress.models.store import DTYPES, empty_module, load_tokenizer, local_folder
@@ -49,9 +51,13 @@ def convert(source: str | Path, to: str, output: str | Path, *, overwrite: bool 
     if target.final == folder.path.resolve():
         raise OutputError(f"{output}: is the folder itself. Choose another --output")
     target.check(resume=False, overwrite=overwrite)
-    target.open(resume=False)
-    names, total = _write(weights, form, target)
-    target.write_rest(folder, _config(weights, form), names, total)
+    Manifest.begin(target, "", 0, resume=False)  # so that --overwrite may drop what a conversion that was killed left
+    try:
+        names, total = _write(weights, form, target)
+        target.write_rest(folder, _config(weights, form), names, total)
+    except NetsukeError:
+        shutil.rmtree(target.partial)
+        raise
     target.publish()
     size = sum(file.stat().st_size for file in target.final.glob("*.safetensors"))
     return {
@@ -72,6 +78,8 @@ def _gguf(source: str | Path, to: str, output: Path, overwrite: bool) -> dict[st
         raise RequestError(f"--to {error}") from error
     path = local_folder(str(source))
     weights = open_weights(path)
+    if isinstance(weights, QuantizedWeights) and (problems := _beside(weights)):
+        raise ModelError("\n".join(problems))
     file = output if output.suffix == ".gguf" else output / "model.gguf"
     if file.exists() and not overwrite:
         raise OutputError(f"{file}: exists already. Choose another --output, or give --overwrite")
@@ -90,14 +98,24 @@ def _gguf(source: str | Path, to: str, output: Path, overwrite: bool) -> dict[st
     }
 
 
-def _problems(weights: QuantizedWeights, form: Format) -> list[str]:
-    """Why these layers cannot be in that format, a sentence each."""
-    where = weights.folder.path
+def _beside(weights: QuantizedWeights) -> list[str]:
+    """What belongs to the codes and has a place beside them in compressed-tensors only."""
+    where, quantization = weights.folder.path, weights.folder.config["quantization_config"]
     if weights.online:
         name = next(iter(weights.online))
         return [f"{where}: {name} has inputs that are rotated while it runs, which only compressed-tensors can say"]
     if weights.adapter.products:
         return [f"{where}: has a LoRA adapter beside its codes, which belongs to them as compressed-tensors has them"]
+    if quantization.get("kv_cache_scheme"):
+        return [f"{where}: has calibrated scales of its KV cache, which only compressed-tensors can hold"]
+    return []
+
+
+def _problems(weights: QuantizedWeights, form: Format) -> list[str]:
+    """Why these layers cannot be in that format, a sentence each."""
+    if beside := _beside(weights):
+        return beside
+    where = weights.folder.path
     kind = "Conv1D" if weights.anatomy.transposed else "Linear"
     layers = {
         reason.removeprefix(name): reason

@@ -77,8 +77,8 @@ class Plan:
 
     @property
     def calibrated(self) -> bool:
-        """Whether any stage of the walk needs calibration inputs."""
-        return any(stage.calibrated for stage in self.recipe.walked)
+        """Whether any stage needs calibration inputs in the walk; a view has learned before it."""
+        return any(stage.calibrated for stage in self.recipe.walked if stage.role != "view")
 
     @property
     def calibration_tokens(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from compress.errors import ModelError
 
 ARCHITECTURES = {
-    "llama": "llama", "mistral": "llama", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3",
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3",
 }  # fmt: skip
 """transformers' model type → llama.cpp's architecture."""

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 import compress
+from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.weights import QuantizedWeights, open_model
 from compress.convert import convert
 from compress.errors import ModelError, OutputError, RequestError
 from compress.models.headers import read_folder
 from compress.models.store import Weights
+from compress.quantize.kv_cache import KVCache
 from compress.quantize.rtn import RTN
-from compress.recipe import CheckpointOptions, Evaluation, Recipe
+from compress.recipe import Calibration, CheckpointOptions, Evaluation, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,30 @@ def test_gguf_says_which_codes_it_kept(packed: Path, tiny: Path, tmp_path: Path)
         convert(tiny, "gguf-q8_0", tmp_path / "model.gguf")
     with pytest.raises(RequestError, match="There are gguf-q4_0"):
         convert(tiny, "gguf-q9", tmp_path / "other")
+
+
+def test_what_lies_beside_the_codes_is_not_dropped_in_silence(tiny: Path, text: Path, tmp_path: Path) -> None:
+    stages = (RTN("w4a16", 32), KVCache("fp8"))
+    calibration = Calibration(dataset=str(text), samples=2, sequence_length=32)
+    recipe = Recipe("kv", stages, calibration=calibration, evaluation=Evaluation(samples=1))
+    compress.run(recipe, model=str(tiny), output=tmp_path / "kv")
+    for form in ("gptq", "gguf-q4_0"):
+        with pytest.raises(ModelError, match="calibrated scales of its KV cache"):
+            convert(tmp_path / "kv", form, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["kv"]
+
+
+def test_a_conversion_that_fails_or_is_killed_can_be_repeated(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "write_rest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(packed, "gptq", tmp_path / "out")
+    with pytest.raises(OutputError, match="drop it with --overwrite"):
+        convert(packed, "gptq", tmp_path / "out")
+    convert(packed, "gptq", tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
