@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress import assignment, lint
+from compress import assignment, lint, target
 from compress.checkpoint import FORMATS, Format, format_for
 from compress.checkpoint.adapter import ADAPTER, Product, adapter_layout
 from compress.core.kv import heads_of
@@ -303,6 +303,7 @@ def _plan(
     problems += lint.zeros(recipe, pruner, candidates, form)
     problems += lint.fused(anatomy, candidates, schemes)
     problems += lint.readers(recipe, schemes, form)
+    problems += target.problems(recipe, schemes, shapes, candidates, form, after.config)
     online = view.weights(viewed).online if view and view.online and not problems else ()
     ranks = assignment.compensate(recipe, candidates, schemes, shapes, online, problems)
     if problems:
@@ -311,7 +312,7 @@ def _plan(
         layer_plan(layer, anatomy, tensors[f"{layer.name}.weight"], owner, schemes, ranks, pruner, reasons, form)
         for layer in candidates
     )
-    notes = [*anatomy.conclusions, *folder.truncated]
+    notes = [*anatomy.conclusions, *folder.truncated, *target.notes(recipe, schemes)]
     if anatomy.mixture:
         notes.append("mixture of experts: no stage quantizes expert matrices and routers")
         if schemes and form.packs:

@@ -74,6 +74,18 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where the checkpoint will run: what cannot run there is an error of the plan."""
+
+    engine: Literal["vllm", "sglang", "transformers"] | None = None
+    """null: any."""
+    gpu: Literal["turing", "ampere", "ada", "hopper", "blackwell"] | None = None
+    """The oldest generation that will run it."""
+    tensor_parallel: Count = 1
+    """GPUs that each layer is divided among."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run, checked and with every default filled in."""
 
@@ -84,6 +96,7 @@ class Recipe:
     evaluation: Evaluation = Evaluation()
     checkpoint: CheckpointOptions = CheckpointOptions()
     gates: Gates = Gates()
+    target: Target = Target()
     model: str | None = None
     output: str | None = None
     source: str = field(default="", compare=False)

@@ -38,7 +38,7 @@ EVERYWHERE = "errors"
 PART_OF_FILE = {
     "assignment": "plan", "convert": "pipeline", "decisions": "pipeline", "draft": "recipe", "footprint": "plan",
     "job": "pipeline", "layers": "plan", "lint": "plan", "search": "pipeline", "segments": "pipeline",
-    "texts": "pipeline", "units": "plan",
+    "target": "plan", "texts": "pipeline", "units": "plan",
 }  # fmt: skip
 """Files that belong to a part by another name."""
 SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the codecs that wrote it"}

@@ -2,8 +2,9 @@
 
 Codes of ours go into ggml's simple types as they are where the grid permits it (`compress.core.ggml.from_grid`); other
 layers are quantized anew from their values, by our own range search, and counted, so that the result says how many
-were. What is not in the blocks keeps its type. llama.cpp wants rows of query and key turned from halves into pairs for
-the llama architecture, one added to Gemma's norms, and vectors in float32.
+were. Matrices outside the blocks keep their type, unless all are asked for in a plain one. llama.cpp wants rows of
+query and key turned from halves into pairs for the llama architecture, one added to Gemma's norms, and vectors in
+float32.
 
 `load` gives back tensors under Hugging Face's names, for tests and for transcoding.
 """
@@ -95,8 +96,8 @@ def export(
         inside = stored.startswith("blk.") and len(shape) == 2
         found = type_for(kind, shape[-1]) if inside else None
         if found is None:
-            own = "F32" if len(shape) == 1 else _dtype(weights, name)
-            plain = kind if inside and kind in PLAIN else own if own in PLAIN else "F32"
+            own = kind if kind in PLAIN else _dtype(weights, name)
+            plain = own if own in PLAIN and len(shape) > 1 else "F32"
             infos.append(TensorInfo(stored, shape, plain))
             plans.append(partial(_plain, weights, name, architecture, plain))
             continue

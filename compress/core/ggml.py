@@ -154,13 +154,11 @@ def from_grid(tensor: QuantizedTensor) -> Blocks | None:
 def _mass(
     parts: Float[Tensor, "rows parts size"], importance: Float[Tensor, " columns"] | None
 ) -> Float[Tensor, "rows parts size"]:
-    """What an error counts: as much as its input's energy, and the larger the weight is beside its neighbours."""
-    energy = parts.square().mean(-1, keepdim=True)
-    own = (energy + parts.square()).sqrt()
+    """What an error counts: as much as its input's energy."""
     if importance is None:
-        return own + 1e-30
-    per_input = importance.float().clamp(min=float(importance.mean()) * 1e-6).view(1, -1, parts.shape[-1])
-    return per_input * own + 1e-30
+        return torch.ones_like(parts)
+    energy = importance.float()
+    return energy.clamp(min=float(energy.mean()) * 1e-6).view(1, -1, parts.shape[-1]).expand_as(parts)
 
 
 def _levels(kind: BlockType) -> tuple[int, int]:
