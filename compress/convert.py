@@ -5,46 +5,69 @@ lies on disk is read back and compared, bit for bit, before the folder appears u
 
 GGUF is one file with types of its own. Codes go into it as they are where a type holds them; other layers, and those of
 an ordinary folder, are quantized anew, and the result says how many were (`compress.checkpoint.gguf`).
+
+ONNX and OpenVINO hold the operations of the model as well (`compress.checkpoint.onnx_graph`).
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compress.checkpoint import FORMATS, Format, format_for
+from compress.checkpoint import FORMATS, Format, format_for, onnx_model, openvino_model
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.gguf import export, kind_named
+from compress.checkpoint.layouts import Entries
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.weights import QuantizedWeights, open_weights
 from compress.errors import ModelError, NetsukeError, OutputError, RequestError, VerificationError
+from compress.fitted import fit, fitted
 from compress.models.headers import read_folder
 from compress.models.selection import did_you_mean
 from compress.models.store import DTYPES, empty_module, load_tokenizer, local_folder
 from compress.recipe import CheckpointOptions
 
+GRAPHS: dict[str, Callable[[QuantizedWeights, Path], None]] = {
+    "onnx": onnx_model.export,
+    "onnx-a8": partial(onnx_model.export, int8_inputs=True),
+    "openvino": openvino_model.export,
+}
+"""Formats that hold the whole model as a graph of operations."""
+WEIGHTS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.xml", "*.bin")
 
-def convert(source: str | Path, to: str, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+
+def convert(
+    source: str | Path, to: str, output: str | Path, *, overwrite: bool = False, calibration: str | None = None
+) -> dict[str, Any]:
     """Write a quantized folder in the format `to`, and say what was written.
+
+    `calibration`: a text, local or on the hub, that layers are fitted to where GGUF has them quantized anew.
 
     Raises RequestError before anything is written where the folder or the format cannot be that, with the reason.
     """
     if to.startswith("gguf-"):
-        return _gguf(source, to, Path(output), overwrite)
-    if to not in FORMATS:
+        return _gguf(source, to, Path(output), overwrite, calibration)
+    if calibration:
+        raise RequestError(f"--calibration {calibration}: {to} takes the codes as they are. Leave it out")
+    if to not in FORMATS and to not in GRAPHS:
+        known = [*FORMATS, *GRAPHS]
         raise RequestError(
-            f"--to {to}: there is no such format.{did_you_mean(to, FORMATS)} There are {', '.join(FORMATS)} and "
+            f"--to {to}: there is no such format.{did_you_mean(to, known)} There are {', '.join(known)} and "
             "gguf-q4_0, gguf-q4_k …"
         )
     folder = read_folder(local_folder(str(source)))
     if not folder.config.get("quantization_config"):
         raise ModelError(f"{source}: is not quantized, so there is nothing to convert. Use `netsuke run`")
-    weights, form = QuantizedWeights(folder), format_for(CheckpointOptions(format=to))
-    problems = _problems(weights, form)
+    weights = QuantizedWeights(folder)
+    form = None if to in GRAPHS else format_for(CheckpointOptions(format=to))
+    problems = _problems(weights, form) if form else _beside(weights) or onnx_model.problems(weights)
     if problems:
         raise ModelError("\n".join(problems))
     target = OutputFolder(Path(output), len(folder.files))
@@ -53,24 +76,28 @@ def convert(source: str | Path, to: str, output: str | Path, *, overwrite: bool 
     target.check(resume=False, overwrite=overwrite)
     Manifest.begin(target, "", 0, resume=False)  # so that --overwrite may drop what a conversion that was killed left
     try:
-        names, total = _write(weights, form, target)
-        target.write_rest(folder, _config(weights, form), names, total)
+        if form:
+            names, total = _write(weights, form, target)
+            target.write_rest(folder, _config(weights, form), names, total)
+        else:
+            GRAPHS[to](weights, target.partial)
+            target.copy_side_files(folder)
+            target.write_json("config.json", _without_quantization(folder.config))
     except NetsukeError:
         shutil.rmtree(target.partial)
         raise
     target.publish()
-    size = sum(file.stat().st_size for file in target.final.glob("*.safetensors"))
     return {
         "model": str(source),
         "output": str(target.final),
-        "format": form.name,
+        "format": to,
         "layers": len(weights.schemes),
         "bytes_before": folder.bytes,
-        "bytes_after": size,
+        "bytes_after": sum(file.stat().st_size for pattern in WEIGHTS for file in target.final.glob(pattern)),
     }
 
 
-def _gguf(source: str | Path, to: str, output: Path, overwrite: bool) -> dict[str, Any]:
+def _gguf(source: str | Path, to: str, output: Path, overwrite: bool, calibration: str | None) -> dict[str, Any]:
     """A folder, quantized or not, as one file for llama.cpp. `output`: the file, or a folder for `model.gguf`."""
     try:
         kind = kind_named(to)
@@ -83,8 +110,11 @@ def _gguf(source: str | Path, to: str, output: Path, overwrite: bool) -> dict[st
     file = output if output.suffix == ".gguf" else output / "model.gguf"
     if file.exists() and not overwrite:
         raise OutputError(f"{file}: exists already. Choose another --output, or give --overwrite")
+    tokenizer = load_tokenizer(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    written = export(weights, kind, load_tokenizer(path), file)
+    with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch:
+        files = fit(path, kind, calibration, tokenizer, Path(scratch)) if calibration else {}
+        written = export(weights, kind, tokenizer, file, lambda layer, found: fitted(files, layer, found))
     return {
         "model": str(source),
         "output": str(file),
@@ -138,6 +168,7 @@ def _shape(weights: QuantizedWeights, layer: str) -> tuple[int, int]:
 def _write(weights: QuantizedWeights, form: Format, target: OutputFolder) -> tuple[dict[str, str], int]:
     """Every file of the folder in the other format; tensor name → file, and the bytes of all tensors."""
     owner = {f"{layer}.": layer for layer in weights.schemes}
+    target.metadata = form.metadata(_entries(weights, form), weights.schemes.values(), _dtype(weights))
     names: dict[str, str] = {}
     total = 0
     for index, file in enumerate(weights.folder.files):
@@ -157,6 +188,18 @@ def _write(weights: QuantizedWeights, form: Format, target: OutputFolder) -> tup
         names |= {name: target.shard_name(index) for name in held}
         total += sum(tensor.numel() * tensor.element_size() for tensor in held.values())
     return names, total
+
+
+def _entries(weights: QuantizedWeights, form: Format) -> Entries:
+    """Tensor name → (dtype, shape) of the folder in the other format."""
+    entries: Entries = {}
+    for name, header in weights.tensors.items():
+        layer = name.rpartition(".")[0]
+        if layer not in weights.schemes or name == f"{layer}.bias":
+            entries[header.name] = header.dtype, header.shape
+        else:
+            entries |= form.layout(layer, _shape(weights, layer), weights.schemes[layer], _dtype(weights))
+    return entries
 
 
 def _encoded(weights: QuantizedWeights, form: Format, layer: str) -> dict[str, Tensor]:
@@ -181,10 +224,19 @@ def _read_back(weights: QuantizedWeights, form: Format, file: Path, layers: set[
 
 def _config(weights: QuantizedWeights, form: Format) -> dict[str, Any]:
     """The folder's config.json with the other format's words in it."""
-    config = {key: value for key, value in weights.folder.config.items() if key != "quantization_config"}
+    config = _without_quantization(weights.folder.config)
     module = empty_module(weights.folder)
     linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     kept = [name for name in linear if name not in weights.schemes]
-    dtype = next(iter(header.dtype for header in weights.tensors.values() if DTYPES[header.dtype].is_floating_point))
-    quantization = form.quantization_config(weights.schemes, kept, weights.online, dtype)
+    quantization = form.quantization_config(weights.schemes, kept, weights.online, _dtype(weights))
     return config | ({"quantization_config": quantization} if quantization else {})
+
+
+def _dtype(weights: QuantizedWeights) -> str:
+    """The type of what is not quantized, which is that of the original weights."""
+    kept = (header for name, header in weights.tensors.items() if name.rpartition(".")[0] not in weights.schemes)
+    return next(header.dtype for header in kept if DTYPES[header.dtype].is_floating_point)
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}

@@ -32,7 +32,10 @@ READS = {
     "transformers": ("compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes", "torchao", "dense"),
 }
 """Engine → formats of a run that it reads."""
-BITS = {"vllm": {True: range(2, 9), False: (4, 8)}, "sglang": {True: (4, 8), False: ()}}
+BITS: dict[str, dict[bool, Sequence[int]]] = {
+    "vllm": {True: range(2, 9), False: (4, 8)},
+    "sglang": {True: (4, 8), False: ()},
+}
 """Engine → symmetric → widths of integer weights beside inputs that stay as they are."""
 ROW_PARALLEL = ("attn.o", "mlp.down")
 """Roles whose inputs are divided among GPUs; those of others are whole, and their outputs divided."""
@@ -86,7 +89,7 @@ def _unsupported(recipe: Recipe, scheme: Scheme) -> list[str]:
     engine, gpu, weights = recipe.target.engine, recipe.target.gpu, scheme.weights
     kind = "symmetric" if weights.symmetric else "asymmetric"
     found = []
-    if engine in BITS and weights.kind == "int" and not scheme.inputs:
+    if engine and engine in BITS and weights.kind == "int" and not scheme.inputs:
         widths = BITS[engine][weights.symmetric]
         if not widths:
             found.append(f"{engine} reads no {kind} {weights.bits}-bit weights. Set symmetric: true")

@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 EVERYWHERE = "errors"
 PART_OF_FILE = {
-    "assignment": "plan", "convert": "pipeline", "decisions": "pipeline", "draft": "recipe", "footprint": "plan",
+    "assignment": "plan", "convert": "pipeline", "decisions": "pipeline", "draft": "recipe", "fitted": "pipeline", "footprint": "plan",
     "job": "pipeline", "layers": "plan", "lint": "plan", "search": "pipeline", "segments": "pipeline",
     "target": "plan", "texts": "pipeline", "units": "plan",
 }  # fmt: skip

@@ -43,6 +43,8 @@ class OutputFolder:
         self.replaced = self.final.with_name(f".{self.final.name}.replaced")
         self.scratch = self.partial / ".netsuke"
         self.num_shards = num_shards
+        self.metadata: Mapping[str, str] = {}
+        """What the header of each shard says besides its tensors."""
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Raise OutputError where something is in the way that must not be touched, or nothing can be written."""
@@ -94,7 +96,7 @@ class OutputFolder:
         contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         with writing(path):
             try:
-                save_file(contiguous, temporary, metadata={"format": "pt"})
+                save_file(contiguous, temporary, metadata={"format": "pt", **self.metadata})
             except Exception as error:
                 if type(error).__name__ != "SafetensorError":
                     raise
@@ -106,13 +108,17 @@ class OutputFolder:
 
     def write_rest(self, source: Folder, config: Mapping[str, Any], index: Mapping[str, str], total: int) -> None:
         """Side files, index and config. `index`: tensor name → shard name; `total`: bytes of all tensors."""
+        self.copy_side_files(source)
+        weight_map = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        self.write_json("model.safetensors.index.json", weight_map)
+        self.write_json("config.json", config)
+
+    def copy_side_files(self, source: Folder) -> None:
+        """What the original has besides weights and config: tokenizer, chat template, licence."""
         with writing(self.partial):
             for file in sorted(source.path.iterdir()):
                 if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in KEPT):
                     shutil.copyfile(file, self.partial / file.name)
-        weight_map = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-        self.write_json("model.safetensors.index.json", weight_map)
-        self.write_json("config.json", config)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         write_atomically(self.partial / name, (json.dumps(content, indent=2) + "\n").encode())

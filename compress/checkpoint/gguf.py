@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from compress.checkpoint.gguf_file import PLAIN, GGUFFile, TensorInfo, save
@@ -48,8 +47,8 @@ GEMMA_NORMS = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-Importance = Mapping[str, Float[Tensor, "in"]]
-"""Layer → E[x²] of its inputs."""
+Made = Callable[[str, BlockType], Blocks | None]
+"""What there is already of a layer in a type."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,12 @@ def export(
     kind: str,
     tokenizer: Any,
     path: Path,
-    importance: Importance | None = None,
+    made: Made = lambda *_: None,
     tell: Callable[[str, float, str], None] = lambda *_: None,
 ) -> Written:
     """Write the model of a folder as one file, matrices inside the blocks in ggml's type `kind`.
 
+    `made`: what a matrix is in its type, where that has been found already; its rows as transformers has them.
     Raises ModelError where llama.cpp has no such architecture or tokenizer.
     """
     config = weights.folder.config
@@ -101,13 +101,10 @@ def export(
             infos.append(TensorInfo(stored, shape, plain))
             plans.append(partial(_plain, weights, name, architecture, plain))
             continue
-        codes = _codes(weights, layer)
-        exact = codes is not None and codes.kind == found
-        counts["exact" if exact else "requantized"] += 1
+        counts["exact" if held(weights, layer, found) else "requantized"] += 1
         kinds[found.name] = kinds.get(found.name, 0) + 1
         infos.append(TensorInfo(stored, shape, found.name))
-        mass = (importance or {}).get(layer)
-        plans.append(partial(_blocks, weights, name, architecture, found, exact, mass))
+        plans.append(partial(_blocks, weights, name, architecture, found, made))
     if factors := rope_factors(config):
         infos.append(TensorInfo("rope_freqs.weight", (len(factors),), "F32"))
         plans.append(partial(torch.tensor, factors))
@@ -203,24 +200,21 @@ def _plain(weights: Weights, name: str, architecture: str, kind: str) -> Tensor:
     return _value(weights, name, architecture).to(PLAIN[kind][1])
 
 
-def _codes(weights: Weights, layer: str) -> Blocks | None:
-    """A quantized layer's codes in the simple type that holds them as they are, None where there is none."""
-    quantized = isinstance(weights, QuantizedWeights) and layer in weights.schemes
-    return from_grid(weights.quantized(layer)) if quantized else None  # type: ignore[attr-defined]
+def held(weights: Weights, layer: str, kind: BlockType) -> Blocks | None:
+    """A quantized layer's codes as they are, where this type holds them."""
+    if not isinstance(weights, QuantizedWeights) or layer not in weights.schemes:
+        return None
+    codes = from_grid(weights.quantized(layer))
+    return codes if codes and codes.kind == kind else None
 
 
-def _blocks(
-    weights: Weights, name: str, architecture: str, kind: BlockType, exact: bool, importance: Tensor | None
-) -> Tensor:
-    if not exact:
-        return to_bytes(blocks(_value(weights, name, architecture), kind, importance))
-    codes = _codes(weights, name.removesuffix(".weight"))
-    assert codes is not None, "they were there when the file was planned"
+def _blocks(weights: Weights, name: str, architecture: str, kind: BlockType, made: Made) -> Tensor:
+    layer = name.removesuffix(".weight")
+    found = held(weights, layer, kind) or made(layer, kind) or blocks(weights.read(name).float(), kind)
     if _turned(name, architecture):
         heads = _heads_of(weights.folder.config, name)
-        shift = None if codes.shift is None else _pairs(codes.shift, heads)
-        codes = Blocks(kind, _pairs(codes.codes, heads), _pairs(codes.scale, heads), shift)
-    return to_bytes(codes)
+        found = found.by_rows(lambda rows: _pairs(rows, heads))
+    return to_bytes(found)
 
 
 def _turned(name: str, architecture: str) -> bool:

@@ -109,6 +109,27 @@ def round_float(
     return codes_of(levels) if grid.kind == "normal" else levels.to(torch.float8_e4m3fn)
 
 
+def round_steps(
+    weight: Float[Tensor, "out in"],
+    feedback: Feedback,
+    step: Float[Tensor, "out parts"],
+    low: Float[Tensor, "out parts"],
+    bottom: int,
+    top: int,
+) -> Float[Tensor, "out in"]:
+    """The codes u of w ≈ step · u - low, whose steps and lows stay as they are. No step is 0."""
+    S, order = step.T.contiguous(), feedback.order
+    offset = (low / step).T.contiguous()
+    group_of = (order // (len(order) // len(S))).tolist()
+
+    def place(w: Tensor, g: int, level: Tensor) -> None:
+        torch.div(w, S[g], out=level).add_(offset[g]).round_().clamp_(bottom, top).sub_(offset[g])
+
+    levels = _round(weight.T[order], None, feedback, group_of, S, feedback.block_size, place)
+    codes = levels[order.argsort()].view(len(S), -1, len(weight)).add_(offset.unsqueeze(1))
+    return codes.flatten(0, 1).round_().T.contiguous()
+
+
 def _round(
     W: Float[Tensor, "in out"],
     gone: Bool[Tensor, "in out"] | None,

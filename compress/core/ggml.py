@@ -28,6 +28,7 @@ Layouts: https://github.com/ggml-org/ggml (ggml-quants), as `formats` there has 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -105,10 +106,15 @@ class Blocks:
     scales: Int[Tensor, "rows parts"] | None = None
     mins: Int[Tensor, "rows parts"] | None = None
 
+    def by_rows(self, moved: Callable[[Tensor], Tensor]) -> Blocks:
+        """The matrix whose rows are elsewhere, of all parts alike."""
+        parts = (self.codes, self.scale, self.shift, self.scales, self.mins)
+        return Blocks(self.kind, *(None if part is None else moved(part) for part in parts))  # type: ignore[arg-type]
+
     def dequantize(self) -> Float[Tensor, "rows columns"]:
         """The weight, in float32."""
-        step, low = _steps(self)
-        bottom, _ = _levels(self.kind)
+        step, low = steps(self)
+        bottom, _ = levels(self.kind)
         return ((self.codes.float() + bottom) * step.unsqueeze(-1) - low.unsqueeze(-1)).flatten(1)
 
 
@@ -161,7 +167,7 @@ def _mass(
     return energy.clamp(min=float(energy.mean()) * 1e-6).view(1, -1, parts.shape[-1]).expand_as(parts)
 
 
-def _levels(kind: BlockType) -> tuple[int, int]:
+def levels(kind: BlockType) -> tuple[int, int]:
     """The lowest and the highest code, as a number that a step is multiplied by."""
     top = (1 << kind.bits) - 1
     if kind.offset:
@@ -173,7 +179,7 @@ def _search(
     parts: Float[Tensor, "rows parts size"], mass: Float[Tensor, "rows parts size"], kind: BlockType
 ) -> tuple[Float[Tensor, "rows parts"], Float[Tensor, "rows parts"]]:
     """Step and low of each part, w ≈ step · u - low, of least weighted error: candidates, each solved for its codes."""
-    bottom, top = _levels(kind)
+    bottom, top = levels(kind)
     least = parts.amin(-1).clamp(max=0)
     widest = parts.amax(-1).clamp(min=0)
     if kind.offset:
@@ -234,7 +240,7 @@ def _round(
 
 
 def _simple(parts: Tensor, mass: Tensor, step: Tensor, low: Tensor, kind: BlockType) -> Blocks:
-    bottom, top = _levels(kind)
+    bottom, top = levels(kind)
     step, shift = step.half(), (-low).half()
     codes = _round(parts, step.float(), -shift.float(), bottom, top)
     return Blocks(kind, (codes - bottom).to(torch.uint8), step, shift if kind.offset else None)
@@ -246,7 +252,7 @@ LARGEST_SCALE = {True: 63, False: 127}
 
 def _nested(parts: Tensor, mass: Tensor, step: Tensor, low: Tensor, kind: BlockType) -> Blocks:
     """Parts whose scales are integers times their block's."""
-    bottom, _ = _levels(kind)
+    bottom, _ = levels(kind)
     per_block = kind.size // kind.part
     limit = LARGEST_SCALE[kind.offset]
 
@@ -263,8 +269,8 @@ def _nested(parts: Tensor, mass: Tensor, step: Tensor, low: Tensor, kind: BlockT
     found: tuple[Tensor, ...] | None = None
     best = torch.full_like(d, torch.inf)
     for _ in range(ROUNDS):
-        s = (step / _nonzero(of_parts(d))).round().clamp(floor, limit)
-        n = (low / _nonzero(of_parts(e))).round().clamp(0, limit)
+        s = (step / nonzero(of_parts(d))).round().clamp(floor, limit)
+        n = (low / nonzero(of_parts(e))).round().clamp(0, limit)
         s, n, codes = _neighbours(parts, mass, s, n, of_parts(d), of_parts(e), kind, floor, limit)
         fitted = codes * (of_parts(d) * s).unsqueeze(-1) - (of_parts(e) * n).unsqueeze(-1)
         error = (mass * (fitted - parts).square()).sum(-1).unflatten(1, (-1, per_block)).sum(-1)
@@ -306,7 +312,7 @@ def _neighbours(
     limit: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each part's integer scales, or neighbours of them, of least error with the block's; and the codes."""
-    bottom, top = _levels(kind)
+    bottom, top = levels(kind)
     moves = [(a, b) for a in (0, -1, 1) for b in ((0, -1, 1) if kind.offset else (0,))]
     best, chosen = torch.full_like(s, torch.inf), (s, n)
     for a, b in moves:
@@ -351,12 +357,13 @@ def _solved_blocks(
     return d.half().float(), torch.where(usable, solved_e, e).half().float()
 
 
-def _nonzero(value: Tensor) -> Tensor:
+def nonzero(value: Tensor) -> Tensor:
+    """1 for 0: a step by which nothing is divided away."""
     return torch.where(value == 0, torch.ones_like(value), value)
 
 
-def _steps(found: Blocks) -> tuple[Float[Tensor, "rows parts"], Float[Tensor, "rows parts"]]:
-    """What a level is multiplied by, and what is subtracted then, of every part."""
+def steps(found: Blocks) -> tuple[Float[Tensor, "rows parts"], Float[Tensor, "rows parts"]]:
+    """What a level is multiplied by, and what is subtracted then, of every part, as they are stored."""
     kind, scale = found.kind, found.scale.float()
     shift = torch.zeros_like(scale) if found.shift is None else found.shift.float()
     if kind.size == 32:
