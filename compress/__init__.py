@@ -4,13 +4,16 @@
     report = compress.run("w4a16-gptq", model="path/or/id", output="out", calibration="data.jsonl")
     model, tokenizer = compress.load("out")
 
-Names are imported when they are first used, so that `import compress` costs nothing.
+Names are imported when they are first used, so that `import compress` costs nothing. What it does is to stand by for
+transformers: `from_pretrained` then loads packed folders whose own package is missing (`compress.runtime.plugin`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from compress.runtime import plugin
 
 __version__ = "0.1.0"
 
@@ -72,6 +75,9 @@ if TYPE_CHECKING:
     from compress.transform.awq import AWQ as AWQ
     from compress.transform.rotate import Rotate as Rotate
     from compress.transform.smoothquant import SmoothQuant as SmoothQuant
+
+
+plugin.install()
 
 
 def __getattr__(name: str) -> Any:

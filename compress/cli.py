@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.errors import NetsukeError, RecipeError
+from compress.errors import NetsukeError, RequestError
 
 GATE_MISSED = 3
 
@@ -25,6 +25,7 @@ EXAMPLES = {
     "inspect": "netsuke inspect out",
     "convert": "netsuke convert out --to gptq_v2 --output out-gptq",
     "eval": "netsuke eval out --baseline ./Llama-3.2-1B --text test.jsonl",
+    "compare": "netsuke compare out-w4 out-w3 --baseline ./Llama-3.2-1B --text test.jsonl --report compared.html",
     "generate": 'netsuke generate out --prompt "Once upon a time"',
     "bench": "netsuke bench out --baseline ./Llama-3.2-1B",
     "demo": "netsuke demo",
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return arguments.command(arguments)
-    except RecipeError as error:
+    except RequestError as error:
         for problem in error.problems:
             _complain(problem)
         return error.exit_code
@@ -92,23 +93,24 @@ def parser() -> argparse.ArgumentParser:
     convert = add("convert", _convert, "write the same quantized values in another runtime's format")
     convert.add_argument("folder", metavar="DIR")
     convert.add_argument(
-        "--to", required=True, metavar="FORMAT", help="gptq, gptq_v2, awq, compressed-tensors, dense …"
+        "--to", required=True, metavar="FORMAT", help="gptq, gptq_v2, awq, compressed-tensors, dense, onnx, openvino …"
     )
     convert.add_argument("--output", required=True, metavar="DIR2")
+    convert.add_argument(
+        "--calibration", metavar="FILE_OR_NAME", help="text that weighs errors where GGUF has layers quantized anew"
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace what is at the output")
     _json_argument(convert)
 
     evaluate = add("eval", _eval, "score a model, alone or against a baseline")
     evaluate.add_argument("model", metavar="MODEL")
-    evaluate.add_argument("--baseline", metavar="MODEL", help="the original, to compare with on the same tokens")
-    evaluate.add_argument(
-        "--text", action="append", default=[], metavar="FILE", help=".jsonl, .txt or .parquet; repeatable"
-    )
-    evaluate.add_argument("--tasks", metavar="A,B", help="lm-eval tasks (needs netsuke[tasks])")
-    evaluate.add_argument("--context", type=int, metavar="N", help="tokens per window")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="most windows per text, most items per task")
-    evaluate.add_argument("--report", metavar="FILE.html", help="write the scores as a page")
+    _score_arguments(evaluate)
     _json_argument(evaluate)
+
+    compare = add("compare", _compare, "score several models, and show which are worth their size")
+    compare.add_argument("models", nargs="+", metavar="MODEL")
+    _score_arguments(compare)
+    _json_argument(compare)
 
     generate = add("generate", _generate, "continue a text on netsuke's runtime")
     generate.add_argument("model", metavar="MODEL")
@@ -146,6 +148,24 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--baseline", metavar="MODEL", help="the original, to compare with on the same tokens")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="FILE", help=".jsonl, .txt or .parquet; repeatable"
+    )
+    parser.add_argument("--tasks", metavar="A,B", help="recall, copy; names or YAML files of lm-eval tasks")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens per window")
+    parser.add_argument("--limit", type=int, metavar="N", help="most windows per text, most items per task")
+    parser.add_argument("--generate", type=int, metavar="N", help="new tokens to write, and to compare")
+    parser.add_argument(
+        "--prompt-file", metavar="FILE", help="documents to write after (default: the beginnings of the texts' windows)"
+    )
+    parser.add_argument("--report", metavar="FILE.html", help="write the scores as a page")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--cache", metavar="DIR", help="where measurements are kept (default: ~/.cache/netsuke/scores)")
+    kept.add_argument("--no-cache", action="store_true", help="measure everything anew, and keep nothing")
+
+
 def _json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print exactly one JSON object")
 
@@ -172,10 +192,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if not report:  # another process of the same launch has it
         return 0
     _print(arguments, report, summary_lines(report))
+    unwritten = [export for export in report["exports"] if export.get("error")]
+    for export in unwritten:
+        _complain(f"{export['output']}: was not written: {export['error']}")
     missed = [gate for gate in report["gates"] if gate["met"] is False]
     for gate in missed:
         _complain(f"gate {gate['name']} not met: {gate['value']}, limit {gate['limit']}")
-    return GATE_MISSED if missed else 0
+    return 1 if unwritten else GATE_MISSED if missed else 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -226,7 +249,13 @@ def _convert(arguments: argparse.Namespace) -> int:
     from compress.convert import convert
     from compress.tables import size
 
-    found = convert(arguments.folder, arguments.to, arguments.output, overwrite=arguments.overwrite)
+    found = convert(
+        arguments.folder,
+        arguments.to,
+        arguments.output,
+        overwrite=arguments.overwrite,
+        calibration=arguments.calibration,
+    )
     told = f"{size(found['bytes_before'])} → {size(found['bytes_after'])}"
     lines = [("output", found["output"]), ("format", found["format"]), ("size", told)]
     if "exact" in found:
@@ -239,25 +268,59 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from compress.progress import Bar
+    from compress.report import render_scores
     from compress.scoring import score
     from compress.tables import score_table
 
+    asked = _scored_on(arguments)
     with Bar() as bar:
-        result = score(
-            arguments.model,
-            baseline=arguments.baseline,
-            texts=[Path(text) for text in arguments.text],
-            tasks=[task for task in (arguments.tasks or "").split(",") if task],
-            context=arguments.context,
-            limit=arguments.limit,
-            progress=bar.show,
-        )
-    if arguments.report:
-        from compress.report import render_scores
-
-        Path(arguments.report).write_text(render_scores(result))
-    _print(arguments, result, score_table(result))
+        result = score(arguments.model, **asked, progress=bar.show)
+    _print_scores(arguments, result, score_table(result), render_scores)
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from compress.compare import compare
+    from compress.progress import Bar
+    from compress.report import render_comparison
+    from compress.tables import comparison_table
+
+    asked = _scored_on(arguments)
+    with Bar() as bar:
+        result = compare(arguments.models, **asked, progress=bar.show)
+    _print_scores(arguments, result, comparison_table(result), render_comparison)
+    failed = [row for row in result["models"] if "error" in row]
+    for row in failed:
+        _complain(f"{row['model']}: {row['error']}")
+    return 1 if failed else 0
+
+
+def _scored_on(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What to score on. Raises RequestError where the page could not be written after all that work."""
+    if arguments.report and not (folder := Path(arguments.report).absolute().parent).is_dir():
+        raise RequestError(f"--report {arguments.report}: there is no folder {folder}. Make it, or name another file")
+    from compress.score_cache import default_folder
+
+    return {
+        "baseline": arguments.baseline,
+        "texts": [Path(text) for text in arguments.text],
+        "tasks": [task for task in (arguments.tasks or "").split(",") if task],
+        "context": arguments.context,
+        "limit": arguments.limit,
+        "new_tokens": arguments.generate,
+        "prompts": Path(arguments.prompt_file) if arguments.prompt_file else None,
+        "cache": None if arguments.no_cache else Path(arguments.cache) if arguments.cache else default_folder(),
+    }
+
+
+def _print_scores(arguments: argparse.Namespace, result: dict[str, Any], table: Any, render: Any) -> None:
+    _print(arguments, result, table)
+    kept = {kind: counts for kind, counts in (result["cache"] or {}).items() if kind != "folder" and counts["found"]}
+    if kept:
+        told = ", ".join(f"{counts['found']} of {counts['asked']} {kind}" for kind, counts in kept.items())
+        sys.stderr.write(f"note: {told} were measured before; --no-cache measures them anew\n")
+    if arguments.report:
+        Path(arguments.report).write_text(render(result), encoding="utf-8")
 
 
 def _generate(arguments: argparse.Namespace) -> int:

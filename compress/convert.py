@@ -12,8 +12,7 @@ ONNX and OpenVINO hold the operations of the model as well (`compress.checkpoint
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,25 +20,23 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compress.checkpoint import FORMATS, Format, format_for, onnx_model, openvino_model
+from compress import exports
+from compress.checkpoint import FORMATS, Format, format_for, onnx_model
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.gguf import export, kind_named
+from compress.checkpoint.graphs import GRAPHS
 from compress.checkpoint.layouts import Entries
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.weights import QuantizedWeights, open_weights
 from compress.errors import ModelError, NetsukeError, OutputError, RequestError, VerificationError
 from compress.fitted import fit, fitted
-from compress.models.headers import read_folder
+from compress.models.headers import read_folder, read_json
 from compress.models.selection import did_you_mean
 from compress.models.store import DTYPES, empty_module, load_tokenizer, local_folder
-from compress.recipe import CheckpointOptions
+from compress.recipe import CheckpointOptions, Recipe
+from compress.report import card
+from compress.scoring import Progress
 
-GRAPHS: dict[str, Callable[[QuantizedWeights, Path], None]] = {
-    "onnx": onnx_model.export,
-    "onnx-a8": partial(onnx_model.export, int8_inputs=True),
-    "openvino": openvino_model.export,
-}
-"""Formats that hold the whole model as a graph of operations."""
 WEIGHTS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.xml", "*.bin")
 
 
@@ -86,6 +83,12 @@ def convert(
     except NetsukeError:
         shutil.rmtree(target.partial)
         raise
+    total = sum(file.stat().st_size for pattern in WEIGHTS for file in target.partial.glob(pattern))
+    file = folder.path / "report.json"
+    report = read_json(file) if file.exists() else {}
+    if "recipe_name" in report:  # a run of ours
+        report |= {"exports": [{"format": to, "bytes": total}]}
+        card.write(report, target.partial, card.original_of(card.read(folder.path)), to)
     target.publish()
     return {
         "model": str(source),
@@ -93,8 +96,30 @@ def convert(
         "format": to,
         "layers": len(weights.schemes),
         "bytes_before": folder.bytes,
-        "bytes_after": sum(file.stat().st_size for pattern in WEIGHTS for file in target.final.glob(pattern)),
+        "bytes_after": total,
     }
+
+
+def convert_also(recipe: Recipe, folder: OutputFolder, manifest: Manifest, tell: Progress) -> None:
+    """Convert a finished folder, before it appears, to the further formats of its recipe; the manifest has the results.
+
+    What an interrupted run has left is made again. A format that cannot be written after all costs the others nothing.
+    """
+    done = manifest.facts.setdefault("exports", {})
+    for index, name in enumerate(recipe.checkpoint.also):
+        place = exports.place(folder.final, name)
+        if name in done and place.exists():
+            continue
+        tell("convert", index / len(recipe.checkpoint.also), f"to {name}")
+        told: dict[str, Any] = {"format": name, "output": str(place)}
+        try:
+            found = convert(folder.partial, name, place, overwrite=True)
+            told |= {"bytes": found["bytes_after"], "exact": found.get("exact", found["layers"])}
+            told |= {"requantized": found.get("requantized", 0)}
+        except NetsukeError as error:
+            told["error"] = str(error).replace(str(folder.partial), str(folder.final))
+        done[name] = told
+        manifest.save()
 
 
 def _gguf(source: str | Path, to: str, output: Path, overwrite: bool, calibration: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What calibration decides before the walk: a rotation, bits and zeros of layers, the cache schemes of blocks.
+"""What calibration decides before the walk: a rotation, scores of channels, bits and zeros of layers, cache schemes.
 
 Each is decided once and noted in the manifest, where a run that is resumed finds it.
 """
@@ -16,6 +16,7 @@ from compress.checkpoint.manifest import Manifest
 from compress.models.store import LazyModel
 from compress.plan import Plan
 from compress.scoring import Progress
+from compress.stage import Shaper, View
 
 
 def decide(
@@ -29,7 +30,11 @@ def decide(
     """The plan with all that it left open, and the model as its stages are to see it."""
     recipe = plan.recipe
     if recipe.view and recipe.view.calibrated:
-        plan, model = _learned(plan, model, tokens, scratch, manifest, tell)
+        learned = _learned(recipe.view, plan, model, tokens, scratch, manifest, tell)
+        plan = plan.having(learned)
+        model = LazyModel(plan.open_weights(learned), dtype=model.dtype, device=str(model.device))
+    if recipe.shaper and recipe.shaper.learns:
+        plan = replace(plan, learned=_learned(recipe.shaper, plan, model, tokens, scratch, manifest, tell))
     if plan.units:
         if "allocation" not in manifest.facts:
             tell("allocate", 0.0, f"measuring {len(plan.units)} units")
@@ -60,16 +65,20 @@ def _owl(
 
 
 def _learned(
-    plan: Plan, model: LazyModel, tokens: Tensor, scratch: Path, manifest: Manifest, tell: Progress
-) -> tuple[Plan, LazyModel]:
-    """Plan and model as a view shows them that has learned from calibration."""
-    view, file = plan.recipe.view, scratch / "learned.safetensors"
-    if view.name not in manifest.facts:
-        tell(view.name, 0.0, f"looking at {plan.num_blocks} blocks")
-        found = view.learn(model, tokens, scratch / "learning", plan.quantized)
+    stage: View | Shaper,
+    plan: Plan,
+    model: LazyModel,
+    tokens: Tensor,
+    scratch: Path,
+    manifest: Manifest,
+    tell: Progress,
+) -> dict[str, Tensor]:
+    """What calibration teaches a stage about the model as a whole; it is kept in a file."""
+    file = scratch / "learned.safetensors"
+    if stage.name not in manifest.facts:
+        tell(stage.name, 0.0, f"looking at {plan.num_blocks} blocks")
+        found = stage.learn(model, tokens, scratch / "learning", plan.quantized)
         save_file({name: tensor.cpu().contiguous() for name, tensor in found.tensors.items()}, file)
-        manifest.facts[view.name] = found.facts
+        manifest.facts[stage.name] = found.facts
         manifest.save()
-    learned = load_file(file)
-    plan = plan.having(learned)
-    return plan, LazyModel(plan.open_weights(learned), dtype=model.dtype, device=str(model.device))
+    return load_file(file)

@@ -2,8 +2,8 @@
 
 ```
 NetsukeError                 catch this one to catch all of them
-├── RequestError             the request is wrong, nothing was written            exit code 2
-│   ├── RecipeError          a key, a value, a selector or a combination; lists every problem
+├── RequestError             the request is wrong, nothing was written; lists every problem   exit code 2
+│   ├── RecipeError          a key, a value, a selector or a combination
 │   ├── ModelError           the model folder cannot be read, or is not what it says it is
 │   ├── DataError            the calibration or evaluation text cannot be used
 │   └── OutputError          the output folder is in the way, or holds another run
@@ -31,17 +31,17 @@ class NetsukeError(Exception):
 
 
 class RequestError(NetsukeError):
-    """The request cannot be carried out as it stands; nothing was written."""
+    """The request cannot be carried out as it stands, for one or more reasons; nothing was written."""
 
     exit_code = 2
-
-
-class RecipeError(RequestError):
-    """One or more problems in a recipe or in how it meets the model, all reported at once."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class RecipeError(RequestError):
+    """What is wrong with a recipe, or with how it meets the model, all of it at once."""
 
 
 class ModelError(RequestError):

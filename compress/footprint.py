@@ -22,6 +22,8 @@ CROSS = 2
 """The moments across both streams, and what is made of them, where there are two."""
 LEARNING = 4
 """Float32 copies of a block's weights while they are learned: offsets, gradients, old and new."""
+GRADIENTS = 7
+"""Times a batch is held by a block that gradients pass through: what it keeps for them, and they themselves."""
 TRAINED = 6
 """Float32 copies of a model that is trained."""
 COPIES = 5
@@ -42,13 +44,15 @@ def peak_memory(
     scored: bool,
     two_streams: bool = False,
     learned: bool = False,
+    differentiated: bool = False,
 ) -> int:
     """Predicted peak resident memory of a run in bytes: the largest phase on top of the imports.
 
     `dtype` is that of the computation. `block`, `outside`: shapes [out, in] of the linear layers of one block, and of
     embedding and head. `tokens`: in all calibration windows together. Walking holds one block in the compute dtype, its
     integer codes and their packed form, the widest layer's statistics with what their factorisation needs, and one
-    batch on its way through the block; where weights are `learned`, their offsets and gradients as well.
+    batch on its way through the block; where weights are `learned`, their offsets and gradients as well. A block of a
+    `differentiated` model keeps what gradients need; behind the last are embedding, head and logits.
     Scoring holds the largest part of a model in float32, and one batch of logits a few times over.
     """
     weights = sum(rows * columns for rows, columns in block)
@@ -62,8 +66,9 @@ def peak_memory(
     walking = weights * (stored + 2) + max(statistics, batch) + COPIES * 4 * widest
     if learned:
         walking += LEARNING * 4 * weights + 2 * batch
+    passing = max(weights * stored + GRADIENTS * batch, stored * sum(outer) + LOGITS * SCORING_BYTES)
     scoring = 4 * max(weights, *outer, 0) + LOGITS * SCORING_BYTES if scored else 0
-    return IMPORTS + max(walking, scoring, stored * sum(outer))
+    return IMPORTS + max(walking, scoring, stored * sum(outer), passing if differentiated else 0)
 
 
 def training_memory(parameters: int) -> int:

@@ -30,6 +30,7 @@ from compress.checkpoint.weights import open_model
 from compress.core.kv import parse_kv_scheme
 from compress.decisions import decide
 from compress.errors import VerificationError
+from compress.exports import engines
 from compress.footprint import peak_memory_so_far, versions
 from compress.models.experts import MIXTURES
 from compress.models.store import LazyModel, compute_dtype, give_back
@@ -62,6 +63,7 @@ class Job:
         dtype = compute_dtype(plan.layers[0].dtype, plan.recipe.calibration.dtype, device)
         model = LazyModel(plan.open_weights(), dtype=dtype, device=device)
         plan, model = decide(plan, model, texts.windows.tokens, folder.scratch, manifest, tell)
+        folder.metadata = plan.metadata
         return cls(plan, folder, model, texts, manifest, tell)
 
     @property
@@ -103,7 +105,7 @@ class Job:
         for index, stage in enumerate(recipe.walked, start=len(recipe.stages) - len(recipe.walked)):
             begun = time.monotonic()
             if stage.role == "shaper":
-                reports = stage.shape(block)
+                reports = stage.shape(block, self.plan.learned)
             elif stage.role == "pruner":
                 reports = stage.prune(block, self.plan.pruned(index, block.index))
             else:
@@ -298,9 +300,17 @@ class Job:
             "shape": manifest.facts.get("shape"),
             "segments": manifest.facts.get("segments", []),
             "notes": list(plan.notes),
+            "generates": plan.anatomy.head is not None,
+            "engines": self._engines(),
+            "exports": list(manifest.facts.get("exports", {}).values()),
             "roles": {layer.name: layer.role for layer in plan.layers},
             "block_of": {layer.name: layer.block for layer in plan.layers if layer.block is not None},
         }
+
+    def _engines(self) -> list[str]:
+        plan = self.plan
+        mixture = bool(plan.anatomy.mixture)
+        return engines(plan.recipe, plan.quantized, plan.format, plan.after.config, mixture=mixture)
 
     def _calibration(self) -> dict[str, Any] | None:
         if not self.plan.recipe.calibrated:

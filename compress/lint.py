@@ -15,7 +15,7 @@ from compress.models.selection import LayerName
 from compress.recipe import LEARNER, Recipe, is_segment
 from compress.stage import Unit
 
-ONE_SCHEME = ("awq", "bitsandbytes", "gptq", "gptq_v2")
+ONE_SCHEME = ("awq", "bitsandbytes", "gptq", "gptq_v2", "torchao")
 """Formats whose config says once how all layers are quantized."""
 SIZES = (256, 128, 64, 32, 16)
 """Group sizes that engines have kernels for, offered in place of one that does not divide."""

@@ -7,8 +7,9 @@
     walk      block by block: observe, transform, quantize, propagate, write the final shard
     finish    the tensors outside the blocks, config, tokenizer, recipe
     verify    reload the files from disk, and compare with what the walk computed
+    convert   the same codes in the further formats that the recipe asks for, beside the folder
     score     the reloaded checkpoint against the original on text that calibration has not seen
-    report    report.json, report.html; then the folder appears under its name
+    report    report.json, report.html, README.md; then the folder appears under its name
 
 Every block is a resume point. Nothing is visible under the output's name before everything has been verified.
 """
@@ -21,15 +22,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compress import exports
 from compress import report as reporting
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key
+from compress.convert import convert_also
 from compress.errors import ModelError, OutputError
 from compress.job import Job
 from compress.models.headers import read_folder
 from compress.models.store import compute_dtype, device_named, local_folder
 from compress.plan import Plan
 from compress.recipe import Recipe, dump, load, overridden
+from compress.report import card
 from compress.scoring import Progress
 from compress.search import await_shape, find_shape, suppose_shape
 from compress.segments import check, complete, follow, is_companion
@@ -69,6 +73,7 @@ def run(
     companion = is_companion()
     if not companion:
         folder.check(resume=resume, overwrite=overwrite)
+        exports.check(plan.recipe, folder.final, source, resume=resume, overwrite=overwrite)
     device = device_named(device)
     if plan.original.truncated:
         raise ModelError("; ".join(plan.original.truncated))
@@ -91,8 +96,14 @@ def run(
     job.walk()
     job.finish()
     job.verify()
+    convert_also(job.plan.recipe, folder, manifest, tell)
     report = reporting.finite(job.report())
     reporting.write(report, folder.partial)
+    original = card.read(plan.original.path)
+    card.write(report, folder.partial, original)
+    for export in report["exports"]:
+        if (place := Path(export["output"])).is_dir():
+            card.write(report, place, original, export["format"])
     folder.publish()
     return report
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress import assignment, lint, target
+from compress import assignment, exports, lint, target
 from compress.checkpoint import FORMATS, Format, format_for
 from compress.checkpoint.adapter import ADAPTER, Product, adapter_layout
 from compress.core.kv import heads_of
@@ -61,6 +61,8 @@ class Plan:
     """What an allocator chooses for; the schemes above are those of a uniform choice until it has."""
     zeros: Mapping[str, float] = field(default_factory=dict)
     """Layer → its share of zeros, where a pruner has decided that from calibration."""
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a shaper has learned of the model before the walk."""
     segments: tuple[Plan, ...] = ()
     """The runs that come first, of one stage each: those that change the model's shape, or train it."""
     asked: Recipe | None = None
@@ -102,7 +104,13 @@ class Plan:
     def bytes_after(self) -> int:
         """Bytes of the weight files that will be written."""
         adapter = file_bytes(adapter_layout(self.products)) if self.products else 0
-        return sum(file_bytes(shard) for shard in self.shards) + adapter
+        return sum(file_bytes(shard, self.metadata) for shard in self.shards) + adapter
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the header of each of these files says besides its tensors."""
+        entries = {name: entry for shard in self.shards for name, entry in shard.items()}
+        return self.format.metadata(entries, self.quantized.values(), self.layers[0].dtype)
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -122,6 +130,7 @@ class Plan:
             calibrated=self.calibrated,
             two_streams=self.recipe.two_streams,
             learned=any(stage.name == "autoround" for stage in self.recipe.stages),
+            differentiated=bool(self.recipe.shaper and self.recipe.shaper.learns),
             scored=self.anatomy.head is not None,
         )
 
@@ -229,7 +238,7 @@ class Plan:
             "peak_memory_bytes": self.peak_memory_bytes,
             "calibration_tokens": self.calibration_tokens,
             "stages": [stage.name for stage in self.recipe.stages],
-            "notes": list(self.notes),
+            "notes": [*self.notes, *exports.notes(self.recipe)],
         }
 
 
@@ -304,6 +313,8 @@ def _plan(
     problems += lint.fused(anatomy, candidates, schemes)
     problems += lint.readers(recipe, schemes, form)
     problems += target.problems(recipe, schemes, shapes, candidates, form, after.config)
+    stored = next((tensors[f"{name}.weight"].dtype for name in schemes), "BF16")
+    problems += exports.problems(recipe, schemes, shapes, candidates, form, stored, after.config)
     online = view.weights(viewed).online if view and view.online and not problems else ()
     ranks = assignment.compensate(recipe, candidates, schemes, shapes, online, problems)
     if problems:

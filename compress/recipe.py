@@ -62,6 +62,8 @@ class CheckpointOptions:
 
     format: str = "compressed-tensors"
     compression: Literal["auto", "pack-quantized", "int-quantized"] = "auto"
+    also: tuple[str, ...] = ()
+    """Further formats that the folder is converted to, each beside it."""
 
 
 @dataclass(frozen=True)

@@ -1,66 +1,27 @@
-"""Scoring of folders: ours, an original, or anyone's.
+"""Scoring of models, alone or against a baseline: on texts, on tasks, and by what they write.
 
-Folders that netsuke reads are streamed block by block in float32 from their files, so a model larger than memory can
-be scored, and what is scored is what ships. Formats that only their own loader reads are loaded by transformers.
+For texts, whose windows are few and long, both models are streamed from their files, side by side. For tasks, and to
+write, one after the other is in memory. What was measured before is not measured again (`compress.score_cache`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from compress.checkpoint import READERS
-from compress.checkpoint.kv_cache import Scales, read_scales, scheme_of
-from compress.checkpoint.weights import open_model
-from compress.errors import DataError, ModelError, NumericalError, RequestError, eval_package
-from compress.models.headers import read_json
-from compress.models.store import LazyModel, load_tokenizer, local_folder, read_config
+from compress.asked import Asked, read_asked
+from compress.errors import NumericalError, RequestError, eval_package
+from compress.models.store import give_back, local_folder
+from compress.opened import Resident, context_of, is_gguf, opened, tokenizer_of, vocabulary_of
+from compress.score_cache import ScoreCache
 
 Progress = Callable[[str, float, str], None]
 """Called with the phase, the share of the whole that is done (0…1), and a few words."""
-
-
-def is_streamed(quantization: Mapping[str, Any]) -> bool:
-    """Whether a folder with this `quantization_config` is streamed; of bitsandbytes FP4 is not."""
-    foreign = not quantization.get("load_in_8bit") and quantization.get("bnb_4bit_quant_type", "nf4") != "nf4"
-    return quantization.get("quant_method") in {None, *READERS} and not foreign
-
-
-@contextmanager
-def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Tensor]]:
-    """A folder as a function from token ids [batch, length] to logits [batch, length, vocabulary], in float32.
-
-    Where its keys and values are to be quantized, those of the first token are a prompt, and all others read the cache.
-    """
-    config = read_json(folder / "config.json")
-    quantization, scheme = config.get("quantization_config") or {}, scheme_of(config)
-    if is_streamed(quantization):
-        model = open_model(folder, device=device)
-        if model.anatomy.head is None:
-            raise ModelError(f"{folder}: is an encoder without a head over the vocabulary; it has no perplexity")
-        with model.streamed():
-            yield _decoded(model, scheme, read_scales(model.weights)) if scheme else model.logits
-        return
-    from transformers import AutoModelForCausalLM
-
-    with eval_package():
-        from eval.evaluate import logits_of
-    yield logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-
-
-def _decoded(model: LazyModel, scheme: str | list[str], scales: Mapping[int, Scales]) -> Callable[[Tensor], Tensor]:
-    from compress.runtime.attention import quantized_cache
-
-    with eval_package():
-        from eval.decode_path import DecodePath
-    path = DecodePath(model.module, lambda: quantized_cache(model.module, scheme, scales), step=None)
-    return lambda tokens: path(tokens.to(model.device))
 
 
 def score_streams(
@@ -75,43 +36,8 @@ def score_streams(
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Score token streams by name; with a baseline, both models see the same tokens."""
-    with eval_package():
-        from eval.evaluate import ScoreError, default_batch_size, score_texts
-
-    batch = default_batch_size(context, read_config(model).get_text_config().vocab_size)
-
-    def tell(name: str, done: int, total: int) -> None:
-        if progress:
-            progress("score", done / total, f"{name}: {done} of {total} windows")
-
-    measure = partial(
-        score_texts,
-        tokenizer=tokenizer,
-        texts=texts,
-        context=context,
-        limit=limit,
-        batch_size=batch,
-        progress=tell,
-    )
-    try:
-        with opened(model, device) as logits:
-            if baseline is None:
-                return measure(logits)
-            with opened(baseline, device) as original:
-                return measure(logits, baseline=original)
-    except ScoreError as error:
-        raise NumericalError(str(error)) from error
-
-
-def read_streams(files: Sequence[Path], tokenizer: Any) -> dict[str, Tensor]:
-    """Token streams of text files by file name. Raises DataError where one cannot be used."""
-    with eval_package():
-        from eval.texts import TextError
-        from eval.texts import read_streams as read
-    try:
-        return read(files, tokenizer)
-    except TextError as error:
-        raise DataError(str(error)) from error
+    folders = [model, baseline] if baseline else [model]
+    return _streamed(folders, Asked(tokenizer, context, limit, texts), ScoreCache(None), progress, device)[0]
 
 
 def score(
@@ -122,38 +48,151 @@ def score(
     tasks: Sequence[str] = (),
     context: int | None = None,
     limit: int | None = None,
+    new_tokens: int | None = None,
+    prompts: Path | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """What `netsuke eval` prints: texts and tasks of one folder or hub id, against a baseline where one is given."""
-    if not texts and not tasks:
-        raise RequestError("nothing to score: give --text FILE, or --tasks a,b")
-    for option, value, least in (("--context", context, 2), ("--limit", limit, 1)):
+    """What `netsuke eval` prints of one folder or hub id, against a baseline where one is given.
+
+    `new_tokens` are written after each document of the file `prompts`, or after the beginnings of the texts' windows.
+    Measurements are kept in the folder `cache` and found there; None: they are not kept.
+    """
+    folders = [local_folder(name) for name in (model, baseline) if name]
+    _check(folders, texts, tasks, context, limit, new_tokens)
+    asked = read_asked(
+        tokenizer_of(*folders),
+        context or min(map(context_of, folders)),
+        limit,
+        texts=texts,
+        tasks=tasks,
+        new_tokens=new_tokens,
+        prompts=prompts,
+    )
+    kept = ScoreCache(cache, lambda file: _say(progress, "hash", 0.0, file.name))
+    with eval_package():
+        from eval.answers import scores
+        from eval.generation import summary
+    scored, found = _streamed(folders, asked, kept, progress)
+    answers, written = zip(*(_resident(folder, asked, kept, progress) for folder in folders), strict=True)
+    with _sentences():
+        told = scores(*({**one, **other} for one, other in zip(found, answers, strict=True)))
+    result = {"model": model, "baseline": baseline, "texts": scored, "tasks": told}
+    if asked.prompts:
+        decode = partial(asked.tokenizer.decode, skip_special_tokens=True)
+        result["generation"] = summary(asked.prompts, asked.new_tokens, decode, *written)
+    return result | {"cache": kept.summary()}
+
+
+def _check(
+    models: Sequence[Path],
+    texts: Sequence[Path],
+    tasks: Sequence[str],
+    context: int | None,
+    limit: int | None,
+    new_tokens: int | None,
+) -> None:
+    """Raises RequestError where the numbers make no sense, or nothing is asked, or something that a file cannot do."""
+    with eval_package():
+        from eval.retrieval import NAMES
+    if not texts and not tasks and new_tokens is None:
+        raise RequestError("nothing to score: give --text FILE, --tasks a,b or --generate N")
+    for option, value, least in (("--context", context, 2), ("--limit", limit, 1), ("--generate", new_tokens, 1)):
         if value is not None and value < least:
             raise RequestError(f"{option} {value}: must be at least {least}")
-    folder = local_folder(model)
-    tokenizer = load_tokenizer(folder)
-    original = local_folder(baseline) if baseline else None
+    files = [model for model in models if is_gguf(model)]
+    if files and (new_tokens is not None or {*tasks} - {*NAMES}):
+        raise RequestError(
+            f"{files[0]}: a GGUF file is scored on --text and --tasks {','.join(NAMES)}. Give a folder for other tasks "
+            "and to --generate"
+        )
+
+
+def _streamed(
+    folders: Sequence[Path], asked: Asked, kept: ScoreCache, progress: Progress | None, device: str = "cpu"
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Scores of the texts, and the answers of each model to what is asked for logits alone."""
     with eval_package():
-        from eval.evaluate import default_context
-    length = context or default_context(read_config(folder))
-    scores = []
-    if texts:
-        streams = read_streams(texts, tokenizer)
-        scores = score_streams(folder, original, tokenizer, streams, context=length, limit=limit, progress=progress)
-    return {
-        "model": model,
-        "baseline": baseline,
-        "texts": scores,
-        "tasks": _tasks(folder, tokenizer, tasks, limit) if tasks else {},
-    }
+        from eval.evaluate import default_batch_size, score_texts
+        from eval.retrieval import answers
+    if not asked.streams and not asked.retrieved:
+        return [], [{} for _ in folders]
+
+    def tell(name: str, done: int, total: int) -> None:
+        _say(progress, "score", done / total, f"{name}: {done} of {total} windows")
+
+    with ExitStack() as stack, _sentences():
+        models = [stack.enter_context(opened(folder, device)) for folder in folders]
+        scored = score_texts(
+            models[0],
+            asked.tokenizer,
+            asked.streams,
+            baseline=models[1] if len(models) > 1 else None,
+            context=asked.context,
+            limit=asked.limit,
+            batch_size=default_batch_size(asked.context, vocabulary_of(folders[0])),
+            journal=kept.journal("windows", *folders) if asked.streams else None,
+            progress=tell,
+        )
+        found = [
+            answers(model, asked.retrieved, kept.journal("samples", folder) if asked.retrieved else None)
+            for model, folder in zip(models, folders, strict=True)
+        ]
+    return scored, found
 
 
-def _tasks(folder: Path, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> dict[str, Any]:
-    from compress.runtime.load import load
-
+def _resident(
+    folder: Path, asked: Asked, kept: ScoreCache, progress: Progress | None
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """One model's answers to the tasks of lm-eval, and what it writes."""
     with eval_package():
-        from eval.tasks import TaskError, run_tasks
+        from eval.generation import written
+        from eval.tasks import run_tasks
+    answers: dict[str, Any] = {}
+    texts: list[list[int]] = []
+    if not asked.tasks and not asked.prompts:
+        return answers, texts
+
+    def tell(done: int, total: int) -> None:
+        _say(progress, "tasks", done / total, f"{folder.name}: {done} of {total} answers")
+
+    def write(prompt: list[int]) -> list[int]:
+        _say(progress, "write", 0.0, folder.name)
+        return model.write(prompt, asked.new_tokens)
+
+    model = Resident(folder)
+    with _sentences():
+        if asked.tasks:
+            answers = run_tasks(
+                model,
+                asked.tokenizer,
+                asked.tasks,
+                asked.limit,
+                new_cache=model.new_cache,
+                journal=kept.journal("answers", folder),
+                progress=tell,
+            )
+        if asked.prompts:
+            texts = written(write, asked.prompts, asked.new_tokens, kept.journal("continuations", folder))
+    del model
+    give_back()
+    return answers, texts
+
+
+def _say(progress: Progress | None, phase: str, done: float, words: str) -> None:
+    if progress:
+        progress(phase, done, words)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """What goes wrong in eval, as an error of ours."""
+    with eval_package():
+        from eval.evaluate import ScoreError
+        from eval.tasks import TaskError
     try:
-        return run_tasks(load(folder)[0], tokenizer, list(tasks), limit)
+        yield
+    except ScoreError as error:
+        raise NumericalError(str(error)) from error
     except TaskError as error:
         raise RequestError(str(error)) from error

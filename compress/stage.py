@@ -78,7 +78,7 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Learned:
-    """What calibration has taught a view."""
+    """What calibration has taught a stage before the walk."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
@@ -137,8 +137,18 @@ class Shaper(Stage, Protocol):
         """What comes out: config and headers, worked out from those that go in."""
         ...
 
-    def shape(self, block: Block) -> list[LayerReport]:
-        """Work on one block; inputs are what the blocks before it make now that they have shrunk."""
+    @property
+    def learns(self) -> bool:
+        """Whether it has to know something of the model as it is, before the first block shrinks."""
+        ...
+
+    def learn(self, model: LazyModel, tokens: Tensor, scratch: Path, schemes: Mapping[str, Scheme]) -> Learned:
+        """What that is, asked for if it `learns`. `scratch`: a folder to be made and removed."""
+        ...
+
+    def shape(self, block: Block, learned: Mapping[str, Tensor]) -> list[LayerReport]:
+        """Work on one block; inputs are what the blocks before it make now that they have shrunk. `learned`: what came
+        of `learn`; nothing if it was not asked for."""
         ...
 
 

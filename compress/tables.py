@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from compress.tasks import metrics_of
 
 BENCHED = {
     "prefill_tokens_per_second": "reading, tokens/s",
@@ -15,6 +18,10 @@ BENCHED = {
     "weights_bytes": "weights",
     "peak_memory_bytes": "memory at the peak",
 }
+SCORED = ("perplexity", "× baseline", "KL divergence", "same top token")
+"""Columns of a text."""
+ANSWERED = ("metric", "value", "± standard error", "difference", "± paired", "± unpaired", "flips")
+"""Columns of a task."""
 
 
 def size(count: float) -> str:
@@ -74,25 +81,81 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
 
 
 def score_table(result: dict[str, Any]) -> RenderableType:
-    table = _table("text", "tokens", "context", "perplexity", "× baseline", "KL divergence", "same top token")
+    table = _table("text", "tokens", "context", *SCORED)
     for text in result["texts"]:
-        paired = "kl_divergence" in text
+        table.add_row(text["name"], f"{text['tokens']:,}", str(text["context"]), *_scored(text))
+    tasks = _table("task", *ANSWERED)
+    for name, scores in result["tasks"].items():
+        for cells in _answered(scores):
+            tasks.add_row(name, *cells)
+    written = result.get("generation")
+    tables = [(table, result["texts"]), (tasks, result["tasks"]), (_written(written) if written else "", written)]
+    return Group(*(each for each, wanted in tables if wanted))
+
+
+def _written(found: dict[str, Any]) -> Table:
+    """What a model wrote by itself, in figures, beside the original's."""
+    table = _table("written", "new tokens", "repeated 4-grams", "end in a loop", "identical", "tokens in common")
+    parted = found.get("divergence_point")
+    common = "" if "identical" not in found else "half never part" if parted is None else f"{parted:g} (median)"
+    identical = f"{found['identical']:.0%}" if "identical" in found else ""
+    habits = (f"{found['repetition']:.1%}", f"{found['loops']:.0%}")
+    table.add_row(f"{found['prompts']} prompts", str(found["new_tokens"]), *habits, identical, common)
+    if "baseline_repetition" in found:
         table.add_row(
-            text["name"],
-            f"{text['tokens']:,}",
-            str(text["context"]),
-            f"{text['perplexity']:.3f}",
-            f"{text['perplexity_ratio']:.4f}" if paired else "",
-            f"{text['kl_divergence']:.5f}" if paired else "",
-            f"{text['top1_agreement']:.1%}" if paired else "",
+            "the original", "", f"{found['baseline_repetition']:.1%}", f"{found['baseline_loops']:.0%}", "", ""
         )
-    tasks = _table("task", "metric", "value", "± standard error")
-    for name, metrics in result["tasks"].items():
-        for metric, value in metrics.items():
-            if metric != "stderr":
-                error = metrics.get("stderr")
-                tasks.add_row(name, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
-    return Group(*(each for each, wanted in ((table, result["texts"]), (tasks, result["tasks"])) if wanted))
+    return table
+
+
+def comparison_table(result: dict[str, Any]) -> RenderableType:
+    """A table for each text and each task, the smallest model first; below them, who failed and who is on the front."""
+    rows = sorted(result["models"], key=lambda row: row["bytes"])
+    texts = dict.fromkeys(text["name"] for row in rows for text in row["texts"])
+    tasks = dict.fromkeys(name for row in rows for name in row["tasks"])
+    drawn: list[RenderableType] = []
+    for name in texts:
+        found = [(row, _scored(text)) for row in rows for text in row["texts"] if text["name"] == name]
+        drawn += [_compared(name, SCORED, found, result["pareto"]), Text()]
+    for name in tasks:
+        found = [(row, cells) for row in rows if name in row["tasks"] for cells in _answered(row["tasks"][name])]
+        drawn += [_compared(name, ANSWERED, found, result["pareto"]), Text()]
+    failed = [Text(f"failed   {row['model']}: {row['error']}", style="bold") for row in rows if "error" in row]
+    told = [Text(f"●  no other is both as small and as good, by {[*texts, *tasks][0]}")] if result["pareto"] else []
+    return Group(*drawn, *told, *failed)
+
+
+def _compared(
+    name: str, columns: Sequence[str], found: list[tuple[dict[str, Any], list[str]]], front: Sequence[str]
+) -> Table:
+    table = _table("", name, "size", "bits/weight", *columns)
+    for row, cells in found:
+        bits = f"{row['bits_per_weight']:.2f}" if "bits_per_weight" in row else ""
+        table.add_row("●" if row["model"] in front else "", row["model"], size(row["bytes"]), bits, *cells)
+    return table
+
+
+def _scored(text: dict[str, Any]) -> list[str]:
+    """The cells of a text's scores, under `SCORED`."""
+    forms = {
+        "perplexity": "{:.3f}",
+        "perplexity_ratio": "{:.4f}",
+        "kl_divergence": "{:.5f}",
+        "top1_agreement": "{:.1%}",
+    }
+    return [form.format(text[key]) if key in text else "" for key, form in forms.items()]
+
+
+def _answered(scores: dict[str, Any]) -> list[list[str]]:
+    """The cells of a task's scores, under `ANSWERED`, a row for each metric."""
+    flips = f"{scores['flips']} of {scores['questions']}" if {"flips", "questions"} <= scores.keys() else ""
+    rows = []
+    for each in metrics_of(scores):
+        numbers = [(each.value, ".4f"), (each.error, ".4f"), (each.difference, "+.4f")]
+        numbers += [(each.paired, ".4f"), (each.unpaired, ".4f")]
+        cells = ["" if number is None else f"{number:{form}}" for number, form in numbers]
+        rows.append([each.name, *cells, flips if each.difference is not None else ""])
+    return rows
 
 
 def bench_table(result: dict[str, Any]) -> RenderableType:

@@ -123,12 +123,12 @@ def _divided(
 ) -> list[str]:
     """Scales that would be shared across a cut: the first layer of each role."""
     found: dict[str, str] = {}
-    for name, scheme in schemes.items():
+    for name, scheme in schemes.items() if parts > 1 else ():
         grid, role = scheme.weights, roles.get(name, "")
         axis = 1 if role in ROW_PARALLEL else 0
         size = shapes[name][axis]
         shared = grid.group_size if axis else grid.rows
-        if role in found or parts == 1:
+        if role in found:
             continue
         if size % parts:
             found[role] = (

@@ -34,10 +34,14 @@ class DecodePath:
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor) -> Tensor:
-        named = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-        options, parts = {named: self.new_cache(), "use_cache": True}, []
+        options, parts = {cache_argument(self.model): self.new_cache(), "use_cache": True}, []
         rest = input_ids[:, self.prompt :]
         for tokens in (input_ids[:, : self.prompt], *(rest.split(self.step or max(rest.shape[1], 1), dim=1))):
             if tokens.shape[1]:
                 parts.append(self.model(tokens, **options).logits)
         return torch.cat(parts, dim=1)
+
+
+def cache_argument(model: Any) -> str:
+    """What this version of transformers calls a model's cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -10,7 +10,7 @@ independent samples, since the tokens of one window are not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eval.divergence import kl_divergence, token_losses, top1_agreement
+from eval.journal import Journal, digest, packed, unpacked
 from eval.texts import prepended_bos, read_streams, windows
 
 if TYPE_CHECKING:
@@ -119,11 +120,13 @@ def score_texts(
     context: int | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """The `Score` of each text as a dict: files, or token streams [tokens] by name.
 
-    `limit` is the most windows scored per text. `context` may be left out for models that carry a `config`.
+    `limit` is the most windows scored per text. `context` may be left out for models that carry a `config`. `journal`,
+    that of this model and baseline, keeps what is measured of each window, and what it has is not measured again.
     All texts are read before the first is scored. Raises TextError, ScoreError, and ValueError for arguments
     that make no sense.
     """
@@ -136,7 +139,10 @@ def score_texts(
     bos = prepended_bos(tokenizer)
     streams = texts if isinstance(texts, Mapping) else read_streams(texts, tokenizer)
     cut = {name: windows(tokens, context, bos)[:limit] for name, tokens in streams.items()}
-    return [score_windows(name, model, rows, baseline, batch_size, progress).as_dict() for name, rows in cut.items()]
+    return [
+        score_windows(name, model, rows, baseline, batch_size, progress, journal).as_dict()
+        for name, rows in cut.items()
+    ]
 
 
 def _vocabulary_of(model: LogitsModel) -> int:
@@ -152,15 +158,21 @@ def score_windows(
     baseline: LogitsModel | None,
     batch_size: int,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> Score:
-    """Scores windows [n, context] of one text, `batch_size` at a time."""
-    batches = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        batches.append(_measure(name, model, baseline, batch))
-        if progress is not None:
-            progress(name, start + len(batch), len(rows))
-    by_measure = {key: torch.cat([batch[key] for batch in batches]).double() for key in batches[0]}
+    """Scores windows [n, context] of one text, `batch_size` at a time of those that `journal` does not know."""
+
+    def measure(unknown: list[int]) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(unknown), batch_size):
+            batch = unknown[start : start + batch_size]
+            found = _measure(name, model, baseline, rows[batch])
+            yield from (packed({key: values[place] for key, values in found.items()}) for place in range(len(batch)))
+            if progress is not None:
+                progress(name, len(rows) - len(unknown) + start + len(batch), len(rows))
+
+    kept = (journal or Journal()).fill([digest(row.numpy().tobytes()) for row in rows], measure)
+    measured = [unpacked(window) for window in kept]
+    by_measure = {key: torch.stack([window[key] for window in measured]).double() for key in measured[0]}
     return _summarize(name, rows.shape[1], by_measure)
 
 

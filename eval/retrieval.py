@@ -22,7 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from eval.answers import Answers
 from eval.evaluate import LogitsModel, ScoreError
+from eval.journal import Journal, digest
+from eval.paired import standard_error
 
 
 class Sequences(NamedTuple):
@@ -36,6 +39,9 @@ class Sequences(NamedTuple):
 
 Task = Callable[[int, int, Generator], Sequences]
 """From length, number of samples, and a source of randomness."""
+NAMES = ("recall", "copy")
+"""What `draw` draws."""
+SAMPLES, QUERIES = 16, 16
 
 
 def key_value(
@@ -134,6 +140,46 @@ def retrieval(
         rows.append({"task": name, "length": length, "accuracy": shares.mean().item(), "standard_error": error,
                      "samples": samples})  # fmt: skip
     return rows
+
+
+def draw(
+    names: Sequence[str], *, ids: Sequence[int], bos: int | None, context: int, samples: int = SAMPLES
+) -> dict[str, Sequences]:
+    """Tasks at a quarter of the context, at half of it, and at all of it: `copy-512` is copying in 512 tokens.
+
+    `recall` is key–value retrieval. `ids` are what tokens are drawn from, keys and values by turns. Raises ValueError
+    where there are too few.
+    """
+    drawn = {}
+    for name in names:
+        for length in (context // 4, context // 2, context):
+            length -= (length - (bos is not None)) % 2
+            generator = torch.Generator().manual_seed(0)
+            if name == "copy":
+                found = copy(length, samples, generator, ids=ids, bos=bos)
+            else:
+                queries = max(1, min(QUERIES, (length - 1) // 4))
+                found = key_value(length, samples, generator, keys=ids[::2], values=ids[1::2], queries=queries, bos=bos)
+            drawn[f"{name}-{length}"] = found
+    return drawn
+
+
+def answers(model: LogitsModel, asked: Mapping[str, Sequences], journal: Journal | None = None) -> dict[str, Answers]:
+    """A sample is a question, and its value the share of its scored tokens that the model puts first."""
+    return {name: _answered(model, sequences, journal or Journal()) for name, sequences in asked.items()}
+
+
+def _answered(model: LogitsModel, sequences: Sequences, journal: Journal) -> Answers:
+    questions = [digest(row.numpy().tobytes()) for row in sequences.tokens]
+    shares = journal.fill(
+        [digest("retrieval", question) for question in questions],
+        lambda unknown: accuracies(model, Sequences(sequences.tokens[unknown], sequences.scored)).tolist(),
+    )
+    values = torch.tensor(shares, dtype=torch.float64)
+    metrics = {"acc": values.mean().item()}
+    if (error := standard_error(values)) is not None:
+        metrics |= {"acc_stderr": error, "stderr": error}
+    return Answers(metrics, dict(enumerate(questions)), {"acc": dict(enumerate(shares))})
 
 
 def _distinct(ids: Sequence[int], samples: int, count: int, generator: Generator) -> Tensor:

@@ -1,64 +1,108 @@
-"""Question-answering and other tasks, run by EleutherAI's lm-eval (`pip install netsuke[tasks]`)."""
+"""Question answering and other tasks, asked by EleutherAI's lm-eval in this process (`pip install netsuke[tasks]`).
+
+lm-eval knows tasks, prompts and metrics. Its results are kept by question here, so that those of another model can be
+set against them (`eval.answers`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from eval.evaluate import default_context
+from jinja2 import TemplateError
+
+from eval.answers import Answers
+from eval.journal import Journal, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH_SIZE = 8
 BOOTSTRAP_ITERATIONS = 1000
 """For the standard error of metrics that are not means; lm-eval's default is a hundred times as many."""
+MISTAKES = (AssertionError, AttributeError, ImportError, LookupError, OSError, TemplateError, TypeError, ValueError)
+"""What comes out of lm-eval where a task's description, its data or its fit to the model is wrong."""
 
 
 class TaskError(ValueError):
-    """lm-eval is not installed, or does not know a task."""
+    """lm-eval is not installed, or cannot ask a task."""
+
+
+def load_tasks(tasks: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
+    """lm-eval's objects of tasks and groups, their data loaded.
+
+    A task is a name lm-eval knows, the path of a YAML file that describes a task or a group, or a task's description as
+    a dict. Raises TaskError.
+    """
+    with _quiet():
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise TaskError(f"tasks need lm-eval ({error}); pip install 'netsuke[tasks]'") from error
+        names = [task for task in tasks if isinstance(task, str) and not Path(task).is_file()]
+        listed = TaskManager(include_defaults=bool(names))  # to list the thousands that lm-eval has takes seconds
+        if unknown := [name for name in names if name not in listed.all_tasks]:
+            raise TaskError(
+                f"lm-eval has no task {', '.join(unknown)}, and there is no such file; see its list: lm_eval ls tasks"
+            )
+        loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
+        for task in tasks:
+            try:
+                is_file = isinstance(task, str) and task not in names
+                found = _read(Path(str(task)), TaskManager) if is_file else listed.load([task])
+            except MISTAKES as error:
+                raise TaskError(f"{task}: lm-eval cannot load it: {_reason(error)}") from error
+            for kind, each in loaded.items():
+                each |= found[kind]
+    return loaded
 
 
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str | dict[str, Any]],
+    tasks: dict[str, Any],
     limit: int | None = None,
-) -> dict[str, dict[str, float]]:
-    """Scores by task name: every metric, its `<metric>_stderr`, and as `stderr` that of the first metric.
+    *,
+    new_cache: Callable[[], Any] | None = None,
+    journal: Journal | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Answers]:
+    """A model's answers by task, and what they come to by group.
 
-    A task is a name lm-eval knows, the path of a task's YAML, or such a YAML as a dict; `limit` is the most
-    questions asked per task. lm-eval draws its progress on stderr. Raises TaskError.
+    `tasks` are those of `load_tasks`; `limit` is the most questions asked of each. `new_cache`, `journal` and `progress`
+    are those of `eval.respondent.Respondent`. Raises TaskError.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise TaskError(f"tasks need lm-eval ({error}); pip install 'netsuke[tasks]'") from error
+    with _quiet():
+        from lm_eval import evaluate
+        from lm_eval.defaults import DEFAULT_OTHER_SEED
 
-    manager = TaskManager()
-    names = [task for task in tasks if isinstance(task, str)]
-    unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
-    if unknown:
-        raise TaskError(f"lm-eval has no task {', '.join(unknown)}; see the list with: lm_eval ls tasks")
-    wrapped = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=BATCH_SIZE,
-        max_length=default_context(model.config),
-        device=str(model.device),
-    )
-    answers = simple_evaluate(
-        model=wrapped,
-        tasks=list(tasks),
-        limit=limit,
-        bootstrap_iters=BOOTSTRAP_ITERATIONS,
-        log_samples=False,
-        task_manager=manager,
-    )
-    return {name: metrics(result) for name, result in answers["results"].items()}
+        from eval.respondent import Respondent
+
+        for task in tasks["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        try:
+            results = evaluate(
+                Respondent(model, tokenizer, new_cache, journal, progress),
+                tasks,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            )
+        except MISTAKES as error:
+            raise TaskError(f"lm-eval stopped at {_reason(error)}") from error
+    samples, groups = results["samples"], results["group_subtasks"]
+    answers = {
+        name: _answers(result, samples.get(name, ()), tuple(groups.get(name, ())))
+        for name, result in results["results"].items()
+    }
+    return {name: each for name, each in answers.items() if each.metrics}
 
 
 def metrics(result: Mapping[str, Any]) -> dict[str, float]:
@@ -70,3 +114,51 @@ def metrics(result: Mapping[str, Any]) -> dict[str, float]:
     }
     errors = [value for key, value in values.items() if "_stderr" in key]
     return {**values, "stderr": errors[0]} if errors else values
+
+
+def _answers(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], parts: tuple[str, ...]) -> Answers:
+    questions: dict[int, str] = {}
+    values: dict[str, dict[int, float]] = {}
+    for sample in samples:
+        question = sample["doc_id"]
+        questions[question] = digest(*(sample[key] for key in ("doc_hash", "prompt_hash", "target_hash")))
+        for metric in sample["metrics"]:
+            key = f"{metric},{sample['filter']}".removesuffix(",none")
+            if isinstance(sample[metric], int | float):
+                values.setdefault(key, {})[question] = float(sample[metric])
+    found = metrics(result)
+    means = {
+        metric: by_question
+        for metric, by_question in values.items()
+        if metric in found and math.isclose(sum(by_question.values()) / len(by_question), found[metric], abs_tol=1e-12)
+    }
+    return Answers(found, questions, means, parts)
+
+
+def _read(file: Path, manager: Any) -> Any:
+    """What a YAML file describes. lm-eval reads folders, so it is shown one with a link to this file alone."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "task.yaml").symlink_to(file.absolute())
+        only = manager(include_path=folder, include_defaults=False)
+        described = [*only.all_groups, *only.all_subtasks]
+        if not described:
+            raise ValueError("it is no YAML with a `task` or a `group`")
+        return only.load(described)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval prints on stdout, warns of what cannot be changed here, and forks to draw a thousand samples."""
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

@@ -115,7 +115,7 @@ def windows(model: Path, test: Path) -> np.ndarray:
 def logits_of_ours(folder: Path, tokens: Path) -> np.ndarray:
     import torch
 
-    from compress.scoring import opened
+    from compress.opened import opened
 
     with opened(folder) as model:
         return model(torch.from_numpy(np.load(tokens))).float().numpy()
@@ -202,36 +202,21 @@ def description(folder: Path, tokens: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def by_llama_cpp(folder: Path, tokens: np.ndarray) -> tuple[str, np.ndarray]:
-    import llama_cpp
+    import torch
+    from llama_cpp_files import VERSION
 
-    params = llama_cpp.llama_model_default_params()
-    params.use_extra_bufts = False  # repacked weights crash on some processors
-    llama_cpp.llama_cpp.llama_model_default_params = lambda: params
-    length = tokens.shape[1]
-    model = llama_cpp.Llama(
-        str(folder / "model.gguf"), n_ctx=length, n_batch=length, logits_all=True, verbose=False, n_threads=1,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
-    logits = []
-    for row in tokens:
-        model.reset()
-        model.eval(row.tolist())
-        logits.append(np.array(model.scores[:length]))
-    return versions("llama-cpp-python"), np.stack(logits)
+    from eval.llama_cpp import LlamaCpp
+
+    return VERSION, LlamaCpp(folder / "model.gguf")(torch.from_numpy(tokens)).numpy()
 
 
 def by_llama_cpp_decoded(folder: Path, tokens: np.ndarray) -> tuple[str, np.ndarray]:
     """The same from a file that llama.cpp itself has turned into float32, so that inputs are not rounded to 8 bits."""
-    import llama_cpp
+    from llama_cpp_files import quantize
 
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize, params.nthread = llama_cpp.LLAMA_FTYPE_ALL_F32, True, 1
     with tempfile.TemporaryDirectory() as scratch:
-        decoded = Path(scratch) / "model.gguf"
-        source, target = str(folder / "model.gguf").encode(), str(decoded).encode()
-        if llama_cpp.llama_model_quantize(source, target, params):
-            raise SystemExit("error: llama.cpp could not decode the file")
-        return by_llama_cpp(decoded.parent, tokens)
+        quantize(folder / "model.gguf", Path(scratch) / "model.gguf", "F32")
+        return by_llama_cpp(Path(scratch), tokens)
 
 
 def onnxruntime(folder: Path, tokens: np.ndarray) -> tuple[str, np.ndarray]:

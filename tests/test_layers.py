@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe",),
     ("plan",),
     ("bench", "inspection", "progress", "scoring", "tables"),
-    ("report",),
+    ("compare", "report"),
     ("pipeline",),
     ("",),
     ("demo", "doctor"),
@@ -36,16 +36,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 EVERYWHERE = "errors"
 PART_OF_FILE = {
-    "assignment": "plan", "convert": "pipeline", "decisions": "pipeline", "draft": "recipe", "fitted": "pipeline", "footprint": "plan",
-    "job": "pipeline", "layers": "plan", "lint": "plan", "search": "pipeline", "segments": "pipeline",
-    "target": "plan", "texts": "pipeline", "units": "plan",
+    "asked": "scoring", "assignment": "plan", "convert": "pipeline", "decisions": "pipeline",
+    "draft": "recipe", "exports": "plan", "fitted": "pipeline", "footprint": "plan", "front": "tables",
+    "job": "pipeline", "layers": "plan", "lint": "plan", "opened": "scoring", "score_cache": "scoring",
+    "search": "pipeline", "segments": "pipeline", "target": "plan", "tasks": "tables", "texts": "pipeline",
+    "units": "plan",
 }  # fmt: skip
 """Files that belong to a part by another name."""
 SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the codecs that wrote it"}
 KERNEL_USERS = ("checkpoint", "runtime", "doctor")
-EVAL_USERS = ("calibrate", "scoring", "pipeline", "cli")
+EVAL_USERS = ("calibrate", "scoring", "compare", "pipeline", "cli")
 LEAF_IMPORTS = {
-    "eval": {"jaxtyping", "jinja2", "lm_eval", "pyarrow", "torch", "transformers"},
+    "eval": {"cyllama", "jaxtyping", "jinja2", "lm_eval", "pyarrow", "torch", "transformers"},
     "quant_kernels": {"jaxtyping", "torch", "triton"},
 }
 SHAPELESS_NAMES = ("base", "common", "helpers", "misc", "utils")
@@ -144,6 +146,22 @@ def test_every_import_follows_the_arrows(imports: list[Import]) -> None:
 def test_every_import_is_absolute(imports: list[Import]) -> None:
     relative = [each.where for each in imports if each.imported.startswith(".")]
     assert not relative, f"write the full module name, so that the arrows can be read: {relative}"
+
+
+def test_kept_scores_know_everything_between_a_folder_and_its_logits(imports: list[Import]) -> None:
+    """What `compress.opened` imports, at any distance, is in the hash that `compress.score_cache` takes."""
+    from compress.score_cache import PROGRAM
+
+    needs: dict[str, set[str]] = {}
+    for each in imports:
+        needs.setdefault(each.importer, set()).update((each.imported, each.imported.rpartition(".")[0]))
+    reached, new = set(), {"compress.opened"}
+    while new:
+        reached |= new
+        new = {name for module in new for name in needs.get(module, ()) if name in needs} - reached
+    hashed = tuple(part.removesuffix(".py").replace("/", ".") for part in PROGRAM)
+    assert len(reached) > 20
+    assert not [module for module in reached if not f"{module}.".startswith(tuple(f"{part}." for part in hashed))]
 
 
 def test_every_part_of_compress_has_a_layer() -> None:

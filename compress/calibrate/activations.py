@@ -56,6 +56,12 @@ class Activations:
         with writing(self.path), self.path.open("rb") as stream:
             os.fsync(stream.fileno())
 
+    def moved(self, path: Path) -> Activations:
+        """The same under another name, out of the way of what will be written to this one."""
+        with writing(path):
+            self.path.replace(path)
+        return Activations(path, self.length, self.width, self.dtype, self.windows)
+
     def rewind(self) -> None:
         """Begin again; what is there will be overwritten."""
         self.windows = 0

@@ -86,12 +86,13 @@ def embed(
     return seen[0][0], [entry[1] for entry in seen]  # type: ignore[index]
 
 
-@torch.inference_mode()
 def finish(
     model: LazyModel, tokens: Int[Tensor, "batch length"], hidden: Float[Tensor, "batch length width"]
 ) -> Float[Tensor, "batch length vocabulary"]:
-    """What the model returns when its last block returns `hidden`: logits, or an encoder's hidden states."""
+    """What the model returns when its last block returns `hidden`: logits, or an encoder's hidden states.
 
+    Gradients pass.
+    """
     answer = hidden
 
     class Answer(_Recorder):

@@ -1,4 +1,4 @@
-"""The walk: the only loop over blocks in the project.
+"""The walk: the only loop over blocks in the project, and the same way back.
 
 Fill a block, let each stage work on it, run the calibration set through what it has become, hand the result over,
 empty it, go on. Memory holds one block and one batch; everything else is in files.
@@ -89,4 +89,13 @@ def walk(
         yield block, outputs
         del block  # and with it what it holds, before the next one is filled
         inputs = outputs
+        model.release(name)
+
+
+def back(model: LazyModel, entrance: Entrance, inputs: Sequence[Activations], scratch: Path) -> Iterator[Block]:
+    """The blocks as they are, from the last to the first. `inputs`: those of each, which a walk has left."""
+    for index in reversed(range(len(model.blocks))):
+        name = model.block_name(index)
+        model.materialise(name)
+        yield Block(model, index, inputs[index], entrance.arguments[index], scratch)
         model.release(name)

@@ -21,6 +21,7 @@ from compress.checkpoint.dense import Dense
 from compress.checkpoint.gptq import GPTQFormat
 from compress.checkpoint.layouts import Entries
 from compress.checkpoint.sparse_24 import Sparse24, is_sparse
+from compress.checkpoint.torchao import TorchAO
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid, Scheme
 from compress.errors import ModelError
@@ -28,7 +29,7 @@ from compress.models.headers import TensorHeader
 
 __all__ = [
     "FORMATS", "READERS", "AWQFormat", "BitsAndBytes", "CompressedTensors", "Dense", "Format",
-    "GPTQFormat", "Options", "Sparse24", "format_for", "format_of",
+    "GPTQFormat", "Options", "Sparse24", "TorchAO", "format_for", "format_of",
 ]  # fmt: skip
 
 
@@ -51,6 +52,10 @@ class Format(Protocol):
 
     def layout(self, name: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> Entries:
         """Tensor name → (safetensors dtype, shape) of what `encode` writes, by arithmetic alone."""
+
+    def metadata(self, entries: Entries, schemes: Collection[Scheme], dtype: str) -> dict[str, str]:
+        """What the header of each file says besides its tensors. `entries`: of the whole folder; `dtype`: of the
+        original weights, in the words of safetensors."""
 
     def encode(
         self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None
@@ -102,6 +107,7 @@ FORMATS: dict[str, Callable[[Options], Format]] = {
     "bitsandbytes": lambda options: BitsAndBytes(),
     "dense": lambda options: Dense(),
     "sparse-24-bitmask": lambda options: Sparse24(),
+    "torchao": lambda options: TorchAO(),
 }
 
 READERS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
@@ -109,6 +115,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     "gptq": lambda config: GPTQFormat(2 if config.get("checkpoint_format") == "gptq_v2" else 1),
     "awq": lambda config: AWQFormat(),
     "bitsandbytes": lambda config: BitsAndBytes(),
+    "torchao": lambda config: TorchAO(),
 }
 """By the `quant_method` of a `quantization_config`, which they are given."""
 

@@ -66,6 +66,10 @@ class BitsAndBytes:
         entries = nf4_entries(shape, DTYPES[scale_dtype]) if normal else int8_entries(shape)
         return {f"{name}.{leaf}": entry for leaf, entry in entries.items()}
 
+    def metadata(self, entries: Entries, schemes: Collection[Scheme], dtype: str) -> dict[str, str]:
+        """None: tensors say all."""
+        return {}
+
     def encode(
         self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None
     ) -> dict[str, Tensor]:

@@ -80,6 +80,10 @@ class CompressedTensors:
             entries[_input_scale(scheme)] = ("F32" if scheme.local else scale_dtype), (1,)
         return {f"{name}.{leaf}": entry for leaf, entry in entries.items()}
 
+    def metadata(self, entries: Entries, schemes: Collection[Scheme], dtype: str) -> dict[str, str]:
+        """None: tensors say all."""
+        return {}
+
     def encode(
         self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None
     ) -> dict[str, Tensor]:

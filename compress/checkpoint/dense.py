@@ -42,6 +42,10 @@ class Dense:
         """Tensor name → (safetensors dtype, shape) of what `encode` writes."""
         return {f"{name}.weight": (scale_dtype, shape)}
 
+    def metadata(self, entries: Entries, schemes: Collection[Scheme], dtype: str) -> dict[str, str]:
+        """None: tensors say all."""
+        return {}
+
     def encode(
         self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None
     ) -> dict[str, Tensor]:

@@ -32,6 +32,10 @@ class Unsigned:
         """float16, whatever the weights are."""
         return torch.float16
 
+    def metadata(self, entries: Entries, schemes: Collection[Scheme], dtype: str) -> dict[str, str]:
+        """None: tensors say all."""
+        return {}
+
     def rotated_inputs(self, config: Mapping[str, Any], layers: Collection[str]) -> dict[str, int]:
         """None: there is no place to say so."""
         return {}

@@ -17,10 +17,18 @@ Scores of a unit h, in rising order of what they know:
     magnitude   ‖W_h‖²
     wanda       Σ_j ‖W_j‖² H_jj                 loss of slicing, were channels uncorrelated (arXiv 2306.11695)
     flap        Σ_j ‖W_j‖² (H_jj - μ_j²)        the same where a bias makes up for the mean (FLAP, arXiv 2312.11983)
-    taylor      |Σ_j Σ_t z_j ∂L/∂z_j|           first-order change of the training loss L (arXiv 1906.10771)
-    obs         tr(W_h ([H⁻¹]_hh)⁻¹ W_hᵀ)       loss after all others are refitted: optimal brain surgeon
+    taylor      Σ_t (Σ_j z_tj ∂L/∂z_tj)²        what the training loss L feels of it at each token t
+    obs         tr(W_h ([H⁻¹]_hh)⁻¹ W_hᵀ)       loss of output after all others are refitted: optimal brain surgeon
 
-The last is exact for a single unit. Of two channels that do the same each can go for nothing, but not both; so
+The first-order change of L when a unit goes is the sum of these products over the text. But that is the slope of L in a
+factor before the unit, which training could have moved and has made small: what is left of it says little. Squares do
+not cancel; they add up to the empirical Fisher information of such factors, in the place of the second-order change
+(Theis et al., arXiv 1801.05787, by image; Molchanov et al., 1906.10771, by minibatch). Summed over the text, squared by
+window or squared by token, with a quarter of the MLPs' channels gone the KL divergence on other texts is 1.36, 1.28 or
+1.10 on stories260k, refitted 0.87, 0.81 or 0.74; of a Llama of 13M parameters 0.108, 0.090 or 0.091, refitted 0.081,
+0.060 or 0.060.
+
+The last score is exact for a single unit. Of two channels that do the same each can go for nothing, but not both; so
 `greedy_obs` takes out a few percent at a time, refits, and looks again (ZipLM, arXiv 2302.04089). On stories260k, with
 a quarter of the MLPs' channels gone and the rest refitted, the KL divergence on other texts is 0.74 by magnitude, 0.56
 by wanda, 0.55 by flap, 0.54 by obs and 0.52 by greedy_obs; by wanda without refitting, 0.84.
@@ -59,9 +67,11 @@ def flap(
     return _by_unit(_energies(weight) * variance, size)
 
 
-def taylor(product: Float[Tensor, "in"], size: int = 1) -> Float[Tensor, " units"]:
-    """By how much the loss changes to first order when a unit's channels become 0; `product`: Σ_t z_j ∂L/∂z_j."""
-    return _by_unit(product.double(), size).abs()
+def taylor(
+    inputs: Float[Tensor, "tokens in"], gradient: Float[Tensor, "tokens in"], size: int = 1
+) -> Float[Tensor, " units"]:
+    """Σ_t (Σ_j z_tj ∂L/∂z_tj)² over the channels of a unit; `gradient`: ∂L/∂z. Scores of batches add up."""
+    return _units(inputs * gradient, size).sum(dim=2).square().sum(dim=0, dtype=torch.float64)
 
 
 def obs(

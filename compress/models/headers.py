@@ -127,12 +127,13 @@ def fingerprint(folder: Folder) -> bytes:
     return digest.digest()
 
 
-def file_bytes(entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+def file_bytes(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> int:
     """Size in bytes of the safetensors file that `safetensors` writes for these tensors: name → (dtype, shape).
 
     The writer puts types in the order of `BYTES` and names in theirs, writes compact JSON and pads it to 8 bytes.
+    `metadata`: what else the header says.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     rank = {dtype: index for index, dtype in enumerate(BYTES)}
     for name in sorted(entries, key=lambda name: (rank[entries[name][0]], name)):

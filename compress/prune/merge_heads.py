@@ -58,6 +58,7 @@ class MergeHeads:
     role: ClassVar[Role] = "shaper"
     for_inputs: ClassVar[bool] = False
     calibrated: ClassVar[bool] = True
+    learns: ClassVar[bool] = False
 
     kv_heads: int | float
     """Heads of keys and values that are left in each layer; below 1 the share of them."""
@@ -102,7 +103,7 @@ class MergeHeads:
         """Nothing is left to do: see `shape`."""
         return []
 
-    def shape(self, block: Block) -> list[LayerReport]:
+    def shape(self, block: Block, learned: Mapping[str, Tensor]) -> list[LayerReport]:
         """Merge the heads of one block."""
         heads, head_dim = heads_of(block.model.weights.folder.config)
         count = self.num_groups(heads)

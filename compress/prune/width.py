@@ -12,19 +12,26 @@ better: a Llama of 13M parameters then has a KL divergence of 0.069 and not 0.06
 0.171 and not 0.170 without half of its heads.
 
 All blocks keep the same numbers, since config.json has one for all of them (as in Minitron, arXiv 2407.14679; in FLAP,
-2312.11983, blocks differ). Scores from gradients are left out: they take a pass backwards through the whole model.
+2312.11983, blocks differ).
+
+Scores tell what a layer's output loses, but for `taylor`, which tells what predictions lose. It is taken of the model as
+it is before the first block shrinks, by gradients that come block by block (`compress.calibrate.gradients`), and doubles
+the time of the stage. The Llama of 13M parameters is best served by it without a quarter of its channels (0.060; obs
+0.068, greedy_obs 0.065), stories260k is not (0.74; 0.71, 0.73).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from compress.calibrate.gradients import input_gradients
 from compress.calibrate.observers import Moments
 from compress.core import channels
 from compress.core.channels import DAMPING, channels_of, choose, greedy_obs, reconstruct
@@ -35,12 +42,13 @@ from compress.core.widths import rounded_size
 from compress.errors import naming
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, canonical
-from compress.stage import LayerReport, Role
+from compress.models.store import LazyModel
+from compress.stage import LayerReport, Learned, Role
 
 if TYPE_CHECKING:
     from compress.calibrate.block import Block
 
-Score = Literal["magnitude", "wanda", "flap", "obs", "greedy_obs"]
+Score = Literal["magnitude", "wanda", "flap", "taylor", "obs", "greedy_obs"]
 Counts = Mapping[str, tuple[int, int]]
 """Part of a block, of those that shrink → how many of its units are kept, of how many."""
 UNITS = {"attn": "groups of heads", "mlp": "channels"}
@@ -70,8 +78,10 @@ def narrowed(
     score: Score = "obs",
     refit: bool = True,
     damping: float = DAMPING,
+    scores: Float[Tensor, " units"] | None = None,
 ) -> Narrowed:
     """A layer on `count` of its units of `size` inputs. `seen`: of its inputs; None: magnitudes alone, and no refit.
+    `scores`: by `taylor`, where that is the score.
 
     Raises as `compress.core.channels` does.
     """
@@ -81,6 +91,9 @@ def narrowed(
         units = choose(channels.wanda(weight, seen.hessian, size), count)
     elif score == "flap":
         units = choose(channels.flap(weight, seen.hessian, seen.mean, size), count)
+    elif score == "taylor":
+        assert scores is not None, "they come from the whole model"
+        units = choose(scores, count)
     elif score == "obs":
         units = choose(channels.obs(weight, seen.hessian, size, damping=damping), count)
     else:
@@ -134,6 +147,10 @@ class Width:
     def calibrated(self) -> bool:
         return self.score != "magnitude" or self.refit
 
+    @property
+    def learns(self) -> bool:
+        return self.score == "taylor"
+
     def counts(self, folder: Folder, anatomy: Anatomy) -> Counts:
         """How many units each part keeps, in every block."""
         counts = {}
@@ -153,6 +170,8 @@ class Width:
             found.append(f"{anatomy.family}: it is not known by which key its config tells ffn. Set ffn: 1.0")
         if self.heads < 1 and anatomy.fixed_heads:
             found.append(f"{anatomy.family}: heads cannot go, because {anatomy.fixed_heads}. Set heads: 1.0")
+        if self.learns and anatomy.head is None:
+            found.append(f"{anatomy.family}: score=taylor is about predictions, and no head makes any. Use score: obs")
         if found:
             return found
         counts = self.counts(folder, anatomy)
@@ -183,12 +202,23 @@ class Width:
         """Nothing is left to do: see `shape`."""
         return []
 
-    def shape(self, block: Block) -> list[LayerReport]:
+    def learn(self, model: LazyModel, tokens: Tensor, scratch: Path, schemes: Mapping[str, Scheme]) -> Learned:
+        """Layer → the scores of its units by `taylor`."""
+        counts = self.counts(model.weights.folder, model.anatomy)
+        totals = {FED[part]: total for part, (_, total) in counts.items()}
+        scores: dict[str, Tensor] = {}
+        for seen in input_gradients(model, tokens, scratch, totals):
+            size = seen.inputs.shape[1] // totals[seen.role]
+            found = channels.taylor(seen.inputs.float(), seen.gradient.float(), size).cpu()
+            scores[seen.layer] = scores[seen.layer] + found if seen.layer in scores else found
+        return Learned(scores, {})
+
+    def shape(self, block: Block, learned: Mapping[str, Tensor]) -> list[LayerReport]:
         """Narrow one block."""
         counts = self.counts(block.model.weights.folder, block.model.anatomy)
-        return [self._narrow(block, part, *counts[part]) for part in UNITS if part in counts]
+        return [self._narrow(block, part, *counts[part], learned) for part in UNITS if part in counts]
 
-    def _narrow(self, block: Block, part: str, kept: int, total: int) -> LayerReport:
+    def _narrow(self, block: Block, part: str, kept: int, total: int, learned: Mapping[str, Tensor]) -> LayerReport:
         site = next(site for site in block.sites if FED[part] in site.roles)
         name = site.layers[0]
         weight, bias = block.weight(name), None
@@ -196,8 +226,11 @@ class Width:
         shifts = self.refit and block.has_bias(name)
         seen = centred(observed) if observed and shifts else observed
         size = weight.shape[1] // total
+        scores = learned[name].to(weight.device) if self.learns else None
         with naming(name):
-            left = narrowed(weight, seen, kept, size, score=self.score, refit=self.refit, damping=self.damping)
+            left = narrowed(
+                weight, seen, kept, size, score=self.score, refit=self.refit, damping=self.damping, scores=scores
+            )
         stored = _as_stored(block, name, left.weight)
         spread = torch.zeros_like(weight).index_copy_(1, channels_of(left.units, size), stored)
         if observed and shifts:

@@ -11,12 +11,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from compress.errors import writing
 from compress.progress import duration
 from compress.report import segments
 from compress.report.chart import Point, trade_off
+from compress.report.comparison import render_comparison
 from compress.report.page import (
     Html,
     Number,
@@ -29,14 +29,18 @@ from compress.report.page import (
     heat_map,
     note,
     notices,
+    number,
     page,
     section,
     table,
 )
+from compress.report.scores import scores
 from compress.report.words import (
     Report,
     alarms,
     digits,
+    exported,
+    finite,
     gate_said,
     layers,
     measures,
@@ -48,6 +52,8 @@ from compress.report.words import (
     verified,
 )
 from compress.tables import size
+
+__all__ = ["finite", "render", "render_comparison", "render_scores", "summary_lines", "write"]
 
 
 def write(report: Report, folder: Path) -> None:
@@ -70,7 +76,7 @@ def render(report: Report) -> str:
             notices(alarms(report)),
             figures(dict(_figures(report))),
             section("Size", _sizes(report)),
-            *_scores(report.get("evaluation"), report.get("evaluation_note")),
+            *scores(report.get("evaluation"), report.get("evaluation_note")),
             section("Gates", _gates(report.get("gates") or [])),
             section("Shape", segments.shapes(report), segments.candidates(report)),
             section("Training", *segments.trainings(report)),
@@ -93,7 +99,7 @@ def render_scores(result: Report) -> str:
         kicker="netsuke · scores",
         subtitle=f"against {model_name(baseline)}" if baseline else "on its own",
         verdict=" ".join(map(said, result["texts"])),
-        sections=_scores(result),
+        sections=scores(result),
     )
 
 
@@ -115,6 +121,8 @@ def summary_lines(report: Report) -> list[tuple[str, str]]:
     if not report.get("evaluation") and report.get("evaluation_note"):
         lines.append(("not scored", report["evaluation_note"]))
     lines += [(f"gate {gate['name']}", gate_said(gate)) for gate in report.get("gates") or ()]
+    written = [export for export in report.get("exports") or () if not export.get("error")]
+    lines += [("also", f"{Path(export['output']).name}: {exported(export)}") for export in written]
     lines += [
         ("verified", verified(report)),
         ("time", duration(report["seconds"])),
@@ -125,18 +133,7 @@ def summary_lines(report: Report) -> list[tuple[str, str]]:
     return [(name, value) for name, value in lines if value]
 
 
-def finite(value: Any) -> Any:
-    """A copy of plain data in which every number that is not finite is None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return value
-
-
-# ---- size, scores and gates ------------------------------------------------------------------------------
+# ---- size and gates ---------------------------------------------------------------------------------------
 
 
 def _figures(report: Report) -> Iterator[tuple[str, str]]:
@@ -158,42 +155,12 @@ def _sizes(report: Report) -> Html:
     return bars([("before", before, size(before)), ("after", after, size(after))], accented=1)
 
 
-SCORES = {
-    "tokens": ("tokens", "{:,}"),
-    "context": ("window", "{:,}"),
-    "baseline_perplexity": ("original", "{:.3f}"),
-    "perplexity": ("perplexity", "{:.3f}"),
-    "perplexity_ratio": ("ratio", "{:.4f}"),
-    "kl_divergence": ("KL divergence", "{:.5f}"),
-    "top1_agreement": ("same top token", "{:.1%}"),
-}
-"""What is shown of a text's scores: the column's name, and how the number is written."""
-
-
-def _scores(scored: Report | None, reason: str | None = None) -> list[Html]:
-    if not scored:
-        return [section("Scores", note(f"Not scored: {reason}"))] if reason else []
-    rows = [
-        [text["name"], *(_number(text.get(key), form) for key, (_, form) in SCORES.items())] for text in scored["texts"]
-    ]
-    tasks = [
-        [name, metric, _number(value, "{:.4f}"), _number(metrics.get("stderr"), "{:.4f}")]
-        for name, metrics in (scored.get("tasks") or {}).items()
-        for metric, value in metrics.items()
-        if metric != "stderr"
-    ]
-    return [
-        section("Scores", table(["text", *(name for name, _ in SCORES.values())], rows)),
-        section("Tasks", table(["task", "metric", "value", "standard error"], tasks)),
-    ]
-
-
 def _gates(gates: Sequence[Report]) -> Html:
     rows = [
         [
             gate["name"],
-            _number(gate["limit"], "{:g}"),
-            _number(gate["value"], "{:.4g}"),
+            number(gate["limit"], "{:g}"),
+            number(gate["value"], "{:.4g}"),
             {True: "met", False: "not met", None: "not measured"}[gate["met"]],
         ]
         for gate in gates
@@ -246,11 +213,7 @@ def _decision(found: Report, uniform: Sequence[str], size: str, scale: float, ho
 
 
 def _costs(unit: Report, of: str) -> list[Number]:
-    return [_number(cost, "{:.3g}") for cost in unit[f"cost_by_{of}"].values()]
-
-
-def _number(value: float | None, form: str) -> Number:
-    return Number(value, "" if value is None else form.format(value))
+    return [number(cost, "{:.3g}") for cost in unit[f"cost_by_{of}"].values()]
 
 
 # ---- layers ----------------------------------------------------------------------------------------------
@@ -327,6 +290,9 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "its hash", calibration["hash"]
     yield "verified", verified(report)
     yield "peak memory", size(report["peak_memory_bytes"])
+    for export in report.get("exports") or ():
+        if not export.get("error"):
+            yield f"also {Path(export['output']).name}", exported(export)
     if notes := report.get("notes"):
         yield "notes", "; ".join(notes)
     yield (

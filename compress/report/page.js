@@ -19,5 +19,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
   }));
 }
 
-// Paper cannot be unfolded.
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(each => { each.open = true; }));
+// Paper cannot be unfolded; what was folded is so again afterwards.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  folded.forEach(each => { each.open = true; });
+});
+addEventListener("afterprint", () => folded.forEach(each => { each.open = false; }));

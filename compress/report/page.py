@@ -9,7 +9,7 @@ into the page.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -95,8 +95,13 @@ def section(heading: str, *parts: Html) -> Html:
     return Html(f"<section>\n<h2>{markup(heading)}</h2>\n{join(parts)}</section>\n") if any(parts) else Html()
 
 
+def heading(text: object) -> Html:
+    """Of a part of a section; nothing for no text."""
+    return Html(f"<h3>{markup(text)}</h3>\n" if text else "")
+
+
 def note(text: object) -> Html:
-    return Html(f'<p class="note">{markup(text)}</p>\n')
+    return Html(f'<p class="note">{markup(text)}</p>\n' if text else "")
 
 
 def notices(texts: Sequence[str]) -> Html:
@@ -162,6 +167,17 @@ def table(
     )
 
 
+def number(value: float | None, form: Callable[[float], str] | str, error: float | None = None) -> Number:
+    """A cell that sorts by its value, a standard error behind it to the same place; empty for None."""
+    if value is None:
+        return Number(None, "")
+    text = form.format(value) if isinstance(form, str) else form(value)
+    places = len(text.partition(".")[2])
+    return Number(
+        value, text if not error else f"{text} ± {error:.{places}f}" if "e" not in text else f"{text} ± {error:.1e}"
+    )
+
+
 def bars(rows: Sequence[tuple[str, float, str]], *, accented: int | None = None) -> Html:
     """Horizontal bars from (name, length, label), to one scale; row `accented` stands out."""
     longest = max((length for _, length, _ in rows), default=0) or 1
@@ -223,11 +239,10 @@ def heat_map(rows: Mapping[str, Mapping[int, Square]], axis: str) -> Html:
 
 def _square(square: Square, shades: Mapping[float | None, float], x: float, y: float, step: float) -> str:
     shade = shades[square.value]
-    kind = " ".join(name for name, holds in (("marked", square.marked), ("deep", shade > 0.72)) if holds)
     gap = min(2.0, step / 8)
     label = _label("value", x + step / 2, y + HEIGHT / 2 + 4, square.label) if step >= LEGIBLE else ""
     return (
-        f'<g class="{kind}"><title>{markup(square.title)}</title>'
+        f"<g{_class('marked', square.marked)}><title>{markup(square.title)}</title>"
         f'<rect x="{x + gap / 2:.1f}" y="{y + 1:.0f}" width="{step - gap:.1f}" height="{HEIGHT - 2}" rx="2" '
         f'fill-opacity="{shade:.3f}"/>{label}</g>\n'
     )
@@ -248,5 +263,5 @@ def _shades(values: Iterable[float | None]) -> dict[float | None, float]:
     spread = max(high - low, math.log(4))
     shades: dict[float | None, float] = {None: 0.0, **dict.fromkeys(known, 0.04)}
     for value, log in logs.items():
-        shades[value] = 0.08 + 0.84 * (log - low) / spread
+        shades[value] = 0.08 + 0.92 * (log - low) / spread
     return shades

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,18 @@ def measures(text: Report) -> list[str]:
 
 
 def alarms(report: Report) -> list[str]:
-    """What did not go as the recipe asked: missed gates, and layers that another method had to do."""
+    """What did not go as the recipe asked: missed gates, formats that were not written after all, and layers that
+    another method had to do."""
     missed = [f"gate {gate['name']}: {gate_said(gate)}" for gate in report.get("gates") or () if gate["met"] is False]
     fallbacks = [f"{layer['name']}: {layer['fallback']}" for _, layer in layers(report) if layer["fallback"]]
-    return list(dict.fromkeys([*missed, *fallbacks]))
+    unwritten = [f"{each['format']}: {each['error']}" for each in report.get("exports") or () if each.get("error")]
+    return list(dict.fromkeys([*missed, *unwritten, *fallbacks]))
+
+
+def exported(export: Report) -> str:
+    """What has been written in a further format."""
+    anew = f", {export['requantized']} layers quantized anew" if export["requantized"] else ""
+    return f"{export['format']}, {size(export['bytes'])}{anew}"
 
 
 def gate_said(gate: Report) -> str:
@@ -89,6 +98,24 @@ def model_name(model: str) -> str:
     return f"{cached[1]}/{cached[2]}" if cached else Path(model).name or model
 
 
+def names_of(models: Sequence[str]) -> dict[str, str]:
+    """Names that tell models apart: folders' last parts, or more of them where those are alike."""
+    names = {model: model_name(model) for model in models}
+    return {model: model if list(names.values()).count(name) > 1 else name for model, name in names.items()}
+
+
+def shared_beginning(names: Sequence[str]) -> str:
+    """What all of several names begin with, up to where a word ends; nothing, where that is all of one."""
+    shared = names[0][: num_shared(*names)] if len(names) > 1 else ""
+    beginning = shared[: 1 + max(shared.rfind(end) for end in "-_./ ")]
+    return "" if beginning in names else beginning
+
+
+def num_shared(*texts: str) -> int:
+    """How many characters all of them begin with."""
+    return sum(1 for _ in takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False)))
+
+
 def digits(value: float, significant: int = 3) -> str:
     """In plain notation and without false precision: `1,204`, `73.2`, `0.0031`; tiny ones as `2.1e-06`."""
     if 0 < abs(value) < 1e-5:
@@ -101,3 +128,14 @@ def digits(value: float, significant: int = 3) -> str:
 def percent(share: float | None) -> str:
     """Two significant digits of a share; empty for None."""
     return "" if share is None else f"{digits(100 * share, 2)}%"
+
+
+def finite(value: Any) -> Any:
+    """A copy of plain data in which every number that is not finite is None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value

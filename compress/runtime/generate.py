@@ -33,7 +33,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 1
             f"model's context of {context}. Shorten the prompt or ask for fewer new tokens"
         )
     if not options and _is_plain(model.generation_config):
-        tokens = _greedy(model, inputs["input_ids"], max_new_tokens)
+        tokens = greedy(model, inputs["input_ids"], max_new_tokens)
     else:
         if tokenizer.pad_token_id is None:
             options.setdefault("pad_token_id", tokenizer.eos_token_id)
@@ -59,7 +59,7 @@ def _is_plain(config: Any) -> bool:
     )
 
 
-def _greedy(model: Any, prompt: Tensor, max_new_tokens: int) -> Tensor:
+def greedy(model: Any, prompt: Tensor, max_new_tokens: int) -> Tensor:
     """Token ids [1, prompt] → the same and what follows, [1, …]."""
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else ends

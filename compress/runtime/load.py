@@ -10,7 +10,7 @@ it gives.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from compress.checkpoint.weights import QuantizedWeights
 from compress.core.qtensor import QuantizedTensor
 from compress.errors import ModelError
 from compress.models.headers import Folder, read_folder
-from compress.models.store import DTYPES, LazyModel, Weights, load_tokenizer, local_folder
+from compress.models.store import DTYPES, LazyModel, load_tokenizer, local_folder
 from compress.runtime.modules import Compensated, QuantLinear, put_in_place
 from compress.runtime.normal import NormalLinear
 from compress.runtime.sparse import SparseLinear
@@ -44,10 +44,10 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
         raise ModelError(headers.truncated[0])
     dtype = stored_dtype(headers) if dtype is None else dtype
     tokenizer = load_tokenizer(path)
-    quantized = "quantization_config" in headers.config
-    model: Any = (_load_quantized if quantized else _load_plain)(headers, device, dtype)
-    model.netsuke_kv_cache = scheme_of(headers.config)
-    model.netsuke_kv_scales = read_scales(Weights(headers)) if quantized else {}
+    if "quantization_config" in headers.config:
+        model = _load_quantized(headers, device, dtype)
+    else:
+        model = _load_plain(headers, device, dtype)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -73,6 +73,7 @@ def _load_plain(folder: Folder, device: str, dtype: torch.dtype) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder.path}: transformers cannot load it: {error}") from error
+    model.netsuke_kv_cache, model.netsuke_kv_scales = scheme_of(folder.config), {}
     return model.to(device)
 
 
@@ -81,10 +82,32 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
     lazy = LazyModel(weights, dtype=dtype, device=device)
     model: Any = lazy.module
     modules = dict(model.named_modules())
-    for name in (*weights.schemes, *weights.sparse):
-        _check_linear(modules.get(name), name, folder)
-    for names in _launches(weights):
-        biases = [weights.read(f"{name}.bias") for name in names if modules[name].bias is not None]
+    layers = [*weights.schemes, *weights.sparse]
+    for name in layers:
+        check_linear(modules.get(name), name, folder)
+    pack_layers(model, weights, dict(zip(layers, layers, strict=True)), device=device, dtype=dtype)
+    for name, _ in model.named_children():
+        lazy.materialise(name)
+    _tie(lazy)
+    _fill_buffers(model, weights, device)
+    _read_generation_config(model, folder)
+    model.config.dtype = dtype
+    remember(model, weights)
+    return model
+
+
+def pack_layers(
+    model: nn.Module,
+    weights: QuantizedWeights,
+    places: Mapping[str, str],
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Read quantized layers and put them where they belong. `places`: layer → its path in the model."""
+    biased = {name for name, path in places.items() if model.get_submodule(path).bias is not None}
+    for names in _launches(weights, [name for name in places if name in weights.schemes]):
+        biases = [weights.read(f"{name}.bias") for name in names if name in biased]
         scheme = weights.schemes[names[0]]
         layer = (NormalLinear if scheme.weights.kind == "normal" else QuantLinear).from_quantized(
             _stacked([weights.quantized(name) for name in names]),
@@ -95,32 +118,33 @@ def _load_quantized(folder: Folder, device: str, dtype: torch.dtype) -> nn.Modul
             dtype=dtype,
             device=device,
         )
-        put_in_place(model, names, layer)
-    for name in weights.sparse:
-        bias = weights.read(f"{name}.bias") if modules[name].bias is not None else None
-        model.set_submodule(name, SparseLinear(weights.read(f"{name}.weight"), bias, dtype=dtype, device=device))
-    for name in weights.adapter.products:
+        put_in_place(model, [places[name] for name in names], layer)
+    for name in [name for name in places if name in weights.sparse]:
+        bias = weights.read(f"{name}.bias") if name in biased else None
+        sparse = SparseLinear(weights.read(f"{name}.weight"), bias, dtype=dtype, device=device)
+        model.set_submodule(places[name], sparse)
+    for name in [name for name in places if name in weights.adapter.products]:
         A, B = (factor.to(device, dtype) for factor in weights.adapter.read(name))
-        model.set_submodule(name, Compensated(model.get_submodule(name), A, B))
-    for name, _ in model.named_children():
-        lazy.materialise(name)
-    _tie(lazy)
-    _fill_buffers(model, weights, device)
-    _read_generation_config(model, folder)
-    model.config.dtype = dtype
-    model.netsuke_quantization = folder.config["quantization_config"]
-    return model
+        model.set_submodule(places[name], Compensated(model.get_submodule(places[name]), A, B))
 
 
-def _launches(weights: QuantizedWeights) -> list[list[str]]:
-    """The quantized layers; those of a block that share input, scheme and having a bias stand together and run as one.
+def remember(model: Any, weights: QuantizedWeights) -> None:
+    """Note on a model what its folder says of quantization, and of its cache."""
+    config = weights.folder.config
+    model.netsuke_quantization = config["quantization_config"]
+    model.netsuke_kv_cache, model.netsuke_kv_scales = scheme_of(config), read_scales(weights)
+
+
+def _launches(weights: QuantizedWeights, names: Iterable[str]) -> list[list[str]]:
+    """These layers; those of a block that share input, scheme and having a bias stand together and run as one.
 
     Floats do not: rows of different layers have scales that cannot be stacked.
     """
     anatomy = weights.anatomy
     site_of = {local: number for number, site in enumerate(anatomy.sites) if site.fused for local in site.layers}
     launches: dict[Hashable, list[str]] = {}
-    for name, scheme in weights.schemes.items():
+    for name in names:
+        scheme = weights.schemes[name]
         block, _, local = name.removeprefix(f"{anatomy.blocks}.").partition(".")
         shared = block, site_of.get(local), scheme, f"{name}.bias" in weights
         alone = local not in site_of or scheme.weights.kind == "float"
@@ -141,7 +165,7 @@ def _stacked(weights: list[QuantizedTensor]) -> QuantizedTensor:
     )
 
 
-def _check_linear(module: nn.Module | None, name: str, folder: Folder) -> None:
+def check_linear(module: nn.Module | None, name: str, folder: Folder) -> None:
     """Raises ModelError where a compressed weight belongs to no linear layer."""
     if not isinstance(module, nn.Linear):
         found = "has no such module" if module is None else f"has a {type(module).__name__} there"

@@ -141,6 +141,19 @@ def test_a_model_is_scored_against_itself_without_loss(
     assert set(scores) >= {"name", "perplexity", "tokens", "context"}
 
 
+def test_models_are_compared_in_one_table_and_on_one_page(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "w4a16-rtn", "--model", str(tiny), "--output", str(tmp_path / "small"), "--set"]
+    assert main([*command, "rtn.group_size=32", "--set", "gates.max_perplexity_ratio=null"]) == 0
+    capsys.readouterr()
+    command = ["compare", str(tmp_path / "small"), str(tiny), "--baseline", str(tiny), "--text", str(text)]
+    assert main([*command, "--limit", "2", "--no-cache", "--report", str(tmp_path / "page.html")]) == 0
+    told = capsys.readouterr().out
+    assert told.count("●") == 3  # both models, and what the sign means
+    assert "<h2>KL divergence on text.jsonl</h2>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_a_shipped_recipe_is_printed_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "w4a16-gptq"]) == 0
     printed = capsys.readouterr().out
@@ -160,7 +173,7 @@ def test_text_is_generated_on_the_packed_runtime(
 
 def test_nothing_to_score_is_a_wrong_request(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tiny)]) == 2
-    assert "give --text FILE, or --tasks" in capsys.readouterr().err
+    assert "give --text FILE, --tasks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

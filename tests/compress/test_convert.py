@@ -47,6 +47,15 @@ def test_another_format_holds_the_very_same_numbers(form: str, packed: Path, tmp
     assert read_folder(tmp_path / "back").config == read_folder(packed).config
 
 
+def test_a_converted_run_has_a_card_in_its_own_words(packed: Path, tmp_path: Path) -> None:
+    convert(packed, "gptq", tmp_path / "out")
+    told = (tmp_path / "out" / "README.md").read_text()
+    assert "Format: gptq; the codes are those that were scored." in told
+    (tmp_path / "out" / "report.json").write_text("{}")  # of something else
+    convert(tmp_path / "out", "awq", tmp_path / "back")
+    assert not (tmp_path / "back" / "README.md").exists()
+
+
 def test_dense_is_an_ordinary_folder_of_what_the_codes_stand_for(packed: Path, tmp_path: Path) -> None:
     convert(packed, "dense", tmp_path / "out")
     codes, dense = QuantizedWeights(read_folder(packed)), Weights(read_folder(tmp_path / "out"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -49,12 +50,22 @@ def finished(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_a_run_leaves_a_whole_folder(finished: Path) -> None:
     names = set(contents(finished))
-    assert {"config.json", "recipe.yaml", "tokenizer.json", "model.safetensors.index.json"} <= names
+    assert {"config.json", "recipe.yaml", "tokenizer.json", "model.safetensors.index.json", "README.md"} <= names
     report = json.loads((finished / "report.json").read_text())
     keys = "recipe model stages bytes_before bytes_after bits_per_weight calibration peak_memory_bytes seconds versions"
     assert set(keys.split()) | {"evaluation", "gates"} <= set(report)
     assert len(report["stages"][0]["layers"]) == 21
     assert report["calibration"]["tokens"] == 8 * 48
+
+
+def test_the_models_own_card_stands_at_the_end_of_the_folders(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Its own card\n")
+    compress.run("w4a16-rtn", model=str(tmp_path / "model"), output=tmp_path / "out", overrides=["rtn.group_size=32"])
+    told = (tmp_path / "out" / "README.md").read_text()
+    assert told.startswith("---\nbase_model: model\n")
+    assert "\nlicense: apache-2.0\n" in told
+    assert told.endswith("\n# Its own card\n")
 
 
 def test_a_finished_block_is_let_go_before_the_next_is_worked_on(

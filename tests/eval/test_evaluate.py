@@ -23,6 +23,7 @@ from eval.evaluate import (
     logits_of,
     score_texts,
 )
+from eval.journal import Journal
 from eval.texts import read_documents, tokenize, windows
 
 VOCABULARY = 11
@@ -116,6 +117,51 @@ def test_progress_counts_the_windows_done(tokenizer: Any) -> None:
     seen: list[tuple[str, int, int]] = []
     score_texts(uniform, tokenizer, TEXTS, context=8, batch_size=4, progress=lambda *state: seen.append(state))
     assert seen == [("walk", 4, 9), ("walk", 8, 9), ("walk", 9, 9)]
+
+
+def test_a_run_that_was_killed_goes_on_at_the_next_batch(tokenizer: Any, tmp_path: Path) -> None:
+    rows: list[int] = []
+
+    def killed(ids: Tensor, /) -> Tensor:
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        return counted(ids)
+
+    def counted(ids: Tensor, /) -> Tensor:
+        rows.append(len(ids))
+        return bigram(0)(ids)
+
+    arguments: dict[str, Any] = {"context": 8, "baseline": bigram(1), "batch_size": 2}
+    with pytest.raises(KeyboardInterrupt):
+        score_texts(killed, tokenizer, TEXTS, journal=Journal(tmp_path / "journal"), **arguments)
+    journal = Journal(tmp_path / "journal")
+    assert score_texts(counted, tokenizer, TEXTS, journal=journal, **arguments) == score_texts(
+        bigram(0), tokenizer, TEXTS, **arguments
+    )
+    assert rows == [2, 2, 2, 2, 1]
+    assert (journal.asked, journal.found) == (9, 4)
+
+
+def test_what_is_known_is_not_measured_again_whatever_the_batch_and_the_limit(tokenizer: Any, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"context": 8, "journal": Journal(tmp_path / "journal")}
+    (expected,) = score_texts(bigram(0), tokenizer, TEXTS, **arguments)
+
+    def nothing(ids: Tensor, /) -> Tensor:
+        raise AssertionError("measured")
+
+    assert score_texts(nothing, tokenizer, TEXTS, batch_size=1, **arguments) == [expected]
+    assert score_texts(nothing, tokenizer, TEXTS, limit=3, **arguments)[0]["tokens"] == 21
+
+
+def test_a_damaged_measurement_is_made_again(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    expected = score_texts(bigram(0), tokenizer, TEXTS, context=8, journal=Journal(path))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    journal = Journal(path)
+    assert score_texts(bigram(0), tokenizer, TEXTS, context=8, journal=journal) == expected
+    assert (journal.asked, journal.found) == (9, 8)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from compress.core.scheme import Grid
 from compress.runtime.attention import quantized_cache
 from eval.decode_path import DecodePath
 from eval.evaluate import LogitsModel, ScoreError
-from eval.retrieval import accuracies, copy, key_value, retrieval
+from eval.journal import Journal
+from eval.retrieval import accuracies, answers, copy, draw, key_value, retrieval
 
 KEYS, VALUES = range(160), range(160, 192)
 VOCABULARY = len(KEYS) + len(VALUES)
@@ -156,6 +158,37 @@ def test_what_cannot_be_scored_is_refused() -> None:
         accuracies(lambda tokens: torch.full((2, 8, 4), torch.nan), copy(8, 2, drawn(), ids=KEYS))
     with pytest.raises(ValueError, match="samples=0"):
         retrieval(lookup(), TASKS, LENGTHS, samples=0)
+
+
+@pytest.mark.parametrize(("bos", "lengths"), [(None, (32, 64, 128)), (VOCABULARY, (31, 63, 127))])
+def test_tasks_are_drawn_at_parts_of_the_context_and_at_all_of_it(bos: int | None, lengths: tuple[int, ...]) -> None:
+    found = draw(["recall", "copy"], ids=range(VOCABULARY), bos=bos, context=128, samples=3)
+    assert [*found] == [f"{name}-{length}" for name in ("recall", "copy") for length in lengths]
+    assert all(sequences.tokens.shape == (3, int(name.split("-")[1])) for name, sequences in found.items())
+    assert all(torch.equal(drawn.tokens, again.tokens) for drawn, again in zip(found.values(), draw(
+        ["recall", "copy"], ids=range(VOCABULARY), bos=bos, context=128, samples=3).values(), strict=True))  # fmt: skip
+
+
+def test_answers_are_shares_by_sample() -> None:
+    asked = draw(["recall", "copy"], ids=range(VOCABULARY), bos=None, context=64, samples=5)
+    for name, answered in answers(lookup(), asked).items():
+        assert answered.metrics == {"acc": 1, "acc_stderr": 0, "stderr": 0}, name
+        assert answered.values == {"acc": dict.fromkeys(range(5), 1.0)}
+    near = answers(lookup(reach=16), asked)["recall-64"]
+    assert 0 < near.metrics["acc"] < 1
+    shares = accuracies(lookup(reach=16), asked["recall-64"])
+    assert [*near.values["acc"].values()] == shares.tolist()
+    assert near.metrics["acc_stderr"] == pytest.approx(shares.std().item() / math.sqrt(5))
+
+
+def test_a_sample_is_asked_once(tmp_path: Path) -> None:
+    asked = draw(["copy"], ids=range(VOCABULARY), bos=None, context=16, samples=5)
+    first = answers(lookup(), asked, Journal(tmp_path / "journal"))
+
+    def nothing(tokens: Tensor, /) -> Tensor:
+        raise AssertionError("asked")
+
+    assert answers(nothing, asked, Journal(tmp_path / "journal")) == first
 
 
 def trained(longest: int = 384, steps: int = 120, learning_rate: float = 4e-3) -> LlamaForCausalLM:

@@ -40,3 +40,11 @@ def test_a_full_disk_is_a_storage_error() -> None:
         pytest.skip("needs /dev/full")
     with pytest.raises(StorageError, match="No space left.*--resume"):
         Activations(full, 64, 64, torch.float32).append(torch.zeros(8, 64, 64))
+
+
+def test_a_file_that_was_moved_is_out_of_the_way_of_the_next(tmp_path: Path) -> None:
+    file = Activations(tmp_path / "a", 2, 2, torch.float32)
+    file.append(torch.ones(3, 2, 2))
+    moved = file.moved(tmp_path / "b")
+    Activations(tmp_path / "a", 2, 2, torch.float32).append(torch.zeros(3, 2, 2))
+    assert torch.equal(moved.read(0, 3), torch.ones(3, 2, 2))

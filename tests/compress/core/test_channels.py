@@ -36,7 +36,7 @@ SCORES: dict[str, Score] = {
     "magnitude": lambda W, z, size: magnitude(W, size),
     "wanda": lambda W, z, size: wanda(W, gram(z), size),
     "flap": lambda W, z, size: flap(W, gram(z), z.mean(0), size),
-    "taylor": lambda W, z, size: taylor(((z @ W.T @ W) * z).sum(0), size),
+    "taylor": lambda W, z, size: taylor(z, z @ W.T @ W, size),
     "obs": lambda W, z, size: obs(W, gram(z), size),
 }
 every_score = pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
@@ -106,7 +106,7 @@ def test_flap_prices_what_a_bias_cannot_make_up_for() -> None:
     assert_close(flap(W, gram(constant), constant.mean(0)), torch.zeros(8, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-def test_taylor_is_the_slope_of_the_loss_in_a_gate_before_the_unit() -> None:
+def test_taylor_squares_the_slopes_of_the_loss_in_a_gate_before_the_unit_at_each_token() -> None:
     W, z = normal(5, 8), inputs(8)
 
     def loss(channels: Tensor) -> Tensor:
@@ -114,9 +114,21 @@ def test_taylor_is_the_slope_of_the_loss_in_a_gate_before_the_unit() -> None:
 
     variable = z.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(variable), variable)
-    gate = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(loss(z * gate.repeat_interleave(2)), gate)
-    assert_close(taylor((z * gradient).sum(0), 2), expected.abs())
+    gates = torch.ones(len(z), 4, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(z * gates.repeat_interleave(2, dim=1)), gates)
+    assert_close(taylor(z, gradient, 2), expected.square().sum(0))
+    assert_close(taylor(z[:100], gradient[:100], 2) + taylor(z[100:], gradient[100:], 2), expected.square().sum(0))
+
+
+def test_at_a_minimum_slopes_cancel_over_the_text_and_taylor_still_tells_what_matters() -> None:
+    """A channel that carries a tenth of the others' signal scores least; the sums of slopes are all nothing."""
+    z, wanted = normal(400, 8), normal(8, 5, seed=3)
+    wanted[6] /= 10
+    y = z @ wanted + normal(400, 5, seed=4)
+    W = torch.linalg.lstsq(z, y).solution
+    gradient = (z @ W - y) @ W.T
+    assert (z * gradient).sum(0).abs().max() < 1e-9
+    assert int(taylor(z, gradient).argmin()) == 6
 
 
 @every_score

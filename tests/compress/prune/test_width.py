@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from compress.models.store import LazyModel
 from compress.pipeline import prepare
 from compress.prune.width import Score, Width, narrowed
 from compress.recipe import parse
+from compress.texts import Texts
 
 SHAPE = {
     "hidden_size": 32,
@@ -44,6 +45,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "Qwen3ForCausalLM": (GROUPED | {"head_dim": 16}, "heads: 0.5"),
     "Gemma2ForCausalLM": (GROUPED | {"head_dim": 16, "sliding_window": 8}, "ffn: 0.5, heads: 0.5"),
 }
+WINDOWS = ["calibration.samples=4", "calibration.sequence_length=32", "evaluation.samples=2"]
 TOKENS = torch.randint(2, 250, (4, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -100,23 +102,84 @@ def test_a_narrow_folder_computes_what_the_model_does_with_those_units_silent(
     assert (report["parameters_after"], report["bytes_after"]) == (planned.parameters_after, planned.bytes_after)
 
 
-@pytest.mark.parametrize("score", ["magnitude", "wanda", "flap", "obs", "greedy_obs"])
+@pytest.mark.parametrize("score", get_args(Score))
 def test_refitted_to_correlated_inputs_a_layer_loses_much_less(score: Score) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, mixing = (torch.randn(shape, generator=generator) for shape in ((12, 16), (16, 6)))
     inputs = torch.randn(400, 6, generator=generator) @ mixing.T + 0.1 * torch.randn(400, 16, generator=generator)
     observer = MomentsObserver(16)
     observer.update(inputs)
-    seen = observer.result(400, "layer")
+    seen, scores = observer.result(400, "layer"), torch.rand(8, generator=generator)
 
     def error(refit: bool) -> float:
-        left = narrowed(weight, seen, 5, 2, score=score, refit=refit)
+        left = narrowed(weight, seen, 5, 2, score=score, refit=refit, scores=scores)
         assert left.weight.shape == (12, 10)
         spread = torch.zeros(12, 8, 2)
         spread[:, left.units] = left.weight.view(12, 5, 2)
         return relative_error(weight, spread.flatten(1), seen.hessian)
 
     assert error(refit=True) < 0.1 * error(refit=False)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "OPTForCausalLM"])
+def test_by_taylor_each_block_keeps_the_units_that_matter_most_to_the_loss_of_the_original_model(
+    architecture: str, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    shares = "ffn: 0.5, heads: 0.5" if architecture == "LlamaForCausalLM" else "ffn: 0.5"
+    folder = saved(architecture, tiny, tmp_path / "model")
+    stage = f"width: {{{shares}, score: taylor, refit: false, multiple: 8}}"
+    plan = prepare(recipe(stage), model=str(folder), calibration=str(text), overrides=WINDOWS)
+    compress.run(plan.recipe, model=str(folder), output=tmp_path / "out")
+    model, narrow = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "out"))
+    roles = {
+        role: layer
+        for layer, role in plan.anatomy.roles.items()
+        if role in ("mlp.down", "attn.o")[: 1 + ("heads" in shares)]
+    }
+    seen: list[tuple[str, Tensor]] = []
+    for name, module in model.named_modules():
+        if name.endswith(tuple(roles.values())):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
+    tokens = Texts.read(plan).windows.tokens
+    gradients = torch.autograd.grad(model(tokens, labels=tokens).loss, [inputs for _, inputs in seen])
+    assert len(seen) == 2 * len(roles)
+    for (name, inputs), gradient in zip(seen, gradients, strict=True):
+        size = 1 if name.endswith(roles["mlp.down"]) else 16
+        scores = (inputs * gradient).flatten(0, -2).unflatten(1, (-1, size)).sum(2).square().sum(0)
+        kept = scores.topk(len(scores) // 2).indices.sort().values
+        columns = model.get_submodule(name).weight.unflatten(1, (-1, size))[:, kept].flatten(1)
+        assert torch.equal(narrow.get_submodule(name).weight, columns), name
+
+
+def test_a_resumed_run_finds_its_scores(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(output: str, **options: Any) -> bytes:
+        given = recipe("width: {ffn: 0.5, score: taylor}")
+        out = tmp_path / output
+        compress.run(given, model=str(tiny), output=out, calibration=str(text), overrides=WINDOWS, **options)
+        return b"".join(file.read_bytes() for file in sorted(out.glob("*.safetensors")))
+
+    def interrupt(phase: str, share: float, words: str) -> None:
+        if words == "width: block 2 of 3":
+            raise KeyboardInterrupt
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("out", progress=interrupt)
+    monkeypatch.setattr(Width, "learn", lambda *_: pytest.fail("learned again"))
+    assert run("out", resume=True) == whole
+
+
+def test_taylor_needs_text_even_without_a_refit(tiny: Path) -> None:
+    plan = prepare(recipe("width: {ffn: 0.5, refit: false, score: taylor}"), model=str(tiny))
+    assert plan.calibration_tokens > 0
+
+
+def test_a_model_without_a_head_has_no_loss_to_score_by(tiny: Path, tmp_path: Path) -> None:
+    model = saved("BertModel", tiny, tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"x\.yaml:2:5: bert: score=taylor is about predictions, .* Use score: obs"):
+        prepare(recipe("width: {ffn: 0.5, score: taylor}"), model=str(model))
 
 
 def test_a_bias_takes_up_the_mean(tiny: Path, tmp_path: Path) -> None:
@@ -129,7 +192,7 @@ def test_a_bias_takes_up_the_mean(tiny: Path, tmp_path: Path) -> None:
 
     def work(block: Block) -> None:
         means.append(mean(block))
-        Width(ffn=0.5, multiple=8).shape(block)
+        Width(ffn=0.5, multiple=8).shape(block, {})
         means.append(mean(block))
 
     entrance = enter(model, TOKENS, tmp_path / "activations-0")
@@ -143,7 +206,7 @@ def test_a_bias_takes_up_the_mean(tiny: Path, tmp_path: Path) -> None:
         ("{}", "nothing would go: set ffn or heads below 1, as 0.75"),
         ("{ffn: 0.0}", "ffn=0.0 must be the share that stays, above 0 and at most 1"),
         ("{heads: 1.5}", "heads=1.5 must be the share that stays"),
-        ("{ffn: 0.5, score: taylor}", "score"),
+        ("{ffn: 0.5, score: gradient}", "score"),
         ("{ffn: 0.5, multiple: 0}", "multiple=0 must be at least 1"),
         ("{ffn: 0.5, damping: 0.0}", "damping=0.0 must be above 0 and at most 1"),
         ("{ffn: 0.5, multiple: 128}", "ffn=0.5 of 128 channels, in multiples of 128, is all of them"),

@@ -1,0 +1,123 @@
+"""Checkpoints of one vocabulary beside each other: scored on the same text and tasks, and which are worth their bytes.
+
+What can be wrong with the request is looked for before anything is measured, and said all at once. What fails after
+that costs its own row and no other. Windows are as long as the shortest context there is: all see the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from compress.errors import ModelError, NetsukeError, RequestError, eval_package
+from compress.front import measures
+from compress.inspection import inspect
+from compress.models.headers import Folder, read_folder
+from compress.models.store import load_tokenizer, local_folder, read_config
+from compress.opened import is_streamed
+from compress.scoring import Progress, score
+
+FAILURES = (NetsukeError, ImportError, OSError, RuntimeError, ValueError)
+"""What the loader of one checkpoint, ours or another's, may raise."""
+
+
+def compare(
+    models: Sequence[str],
+    *,
+    baseline: str | None = None,
+    context: int | None = None,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> dict[str, Any]:
+    """What `netsuke compare` prints: a row for each model, and the front of size and the first measure there is.
+
+    `asked` is what `score` takes besides. The row of a model that failed says why, under `error`. Raises RequestError
+    where the request is wrong.
+    """
+    names = list(dict.fromkeys(models))
+    folders = _folders([*([baseline] if baseline else []), *names])
+    with eval_package():
+        from eval.evaluate import default_context
+    if context is None:
+        context = min(default_context(read_config(folder.path)) for folder in folders.values())
+
+    def tell(phase: str, done: float, words: str) -> None:
+        if progress:
+            progress(phase, (len(rows) + done) / len(names), f"{names[len(rows)]}: {words}")
+
+    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    for name in names:
+        row: dict[str, Any] = {"model": name, "bytes": folders[name].bytes, "format": None, "texts": [], "tasks": {}}
+        try:
+            row |= _held(folders[name])
+            row |= score(name, baseline=baseline, context=context, progress=tell, **asked)
+            del row["baseline"]
+            found.append(row.pop("cache") or {})
+        except FAILURES as error:
+            if isinstance(error, RequestError) and not (found or isinstance(error, ModelError)):
+                raise  # it is not the model that is wrong, and nothing was measured yet
+            row["error"] = _reason(error)
+        rows.append(row)
+    sizes = {row["model"]: row["bytes"] for row in rows}
+    front = next((measure.front(sizes) for measure in measures({"baseline": baseline, "models": rows})), [])
+    return {"baseline": baseline, "models": rows, "pareto": front, "cache": _recalled(found)}
+
+
+def _recalled(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many measurements were found in the cache, of how many, over all models; where it is."""
+    told: dict[str, Any] = {}
+    for kind, counts in ((kind, counts) for each in found for kind, counts in each.items()):
+        if kind == "folder":
+            told[kind] = counts
+        else:
+            before = told.get(kind, dict.fromkeys(counts, 0))
+            told[kind] = {key: before[key] + count for key, count in counts.items()}
+    return told
+
+
+def _folders(names: Sequence[str]) -> dict[str, Folder]:
+    """The folders of models that share the vocabulary of the first.
+
+    Raises RequestError, which says all that is wrong with any of them.
+    """
+    folders: dict[str, Folder] = {}
+    vocabularies: dict[str, tuple[int, dict[str, int]]] = {}
+    problems: list[str] = []
+    for name in dict.fromkeys(names):
+        try:
+            folder = read_folder(local_folder(name))
+            tokens = load_tokenizer(folder.path).get_vocab()
+            vocabularies[name] = read_config(folder.path).get_text_config().vocab_size, tokens
+        except ModelError as error:
+            problems.append(str(error))
+        else:
+            folders[name] = folder
+            problems += folder.truncated
+    for name, (width, tokens) in vocabularies.items():
+        first, (its_width, its_tokens) = next(iter(vocabularies.items()))
+        if width != its_width:
+            problems.append(
+                f"{name}: has a vocabulary of {width:,}, {first} one of {its_width:,}. Compare models that share one"
+            )
+        elif tokens != its_tokens:
+            problems.append(f"{name}: its tokenizer is not that of {first}. Compare models that share one")
+    if problems:
+        raise RequestError(problems)
+    return folders
+
+
+def _held(folder: Folder) -> dict[str, Any]:
+    """Format, bytes and bits per weight; of a format that only its own loader reads, the name."""
+    quantization = folder.config.get("quantization_config") or {}
+    if not is_streamed(quantization):
+        return {"format": quantization["quant_method"]}
+    found = inspect(folder.path)
+    return {key: found[key] for key in ("format", "bytes", "bits_per_weight") if found[key] is not None}
+
+
+def _reason(error: Exception) -> str:
+    """The sentence of an error of ours, the first line of another's."""
+    if isinstance(error, NetsukeError):
+        return str(error)
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
