@@ -114,7 +114,7 @@ def _program() -> str:
     digest = hashlib.sha256()
     for part in PROGRAM:
         found = (ROOT / part).rglob("*") if (ROOT / part).is_dir() else [ROOT / part]
-        for file in sorted(file for file in found if file.is_file() and "__pycache__" not in file.parts):
+        for file in sorted(file for file in found if file.is_file() and file.suffix not in {".md", ".pyc"}):
             digest.update(
                 f"{file.relative_to(ROOT).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode()
             )

@@ -75,8 +75,8 @@ def run_tasks(
 ) -> dict[str, Answers]:
     """A model's answers by task, and what they come to by group.
 
-    `tasks` are those of `load_tasks`; `limit` is the most questions asked of each. `new_cache`, `journal` and `progress`
-    are those of `eval.respondent.Respondent`. Raises TaskError.
+    `tasks` are those of `load_tasks`; `limit` is the most questions asked of each. `new_cache`, `journal` and
+    `progress` are those of `eval.respondent.Respondent`. Raises TaskError.
     """
     with _quiet():
         from lm_eval import evaluate

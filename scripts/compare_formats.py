@@ -35,11 +35,8 @@ ROWS = [
     ("gptq", "symmetric", "description"),
     ("gptq_v2", "symmetric", "description"),
     ("gptq_v2", "asymmetric", "description"),
-    ("gptq", "symmetric", "gptqmodel"),
-    ("gptq_v2", "asymmetric", "gptqmodel"),
     ("awq", "symmetric", "description"),
     ("awq", "asymmetric", "description"),
-    ("awq", "asymmetric", "gptqmodel"),
     ("gguf-q4_0", "symmetric", "gguf"),
     ("gguf-q4_1", "asymmetric", "gguf"),
     ("gguf-q4_0", "symmetric", "llama.cpp"),
@@ -152,10 +149,6 @@ def compressed_tensors(folder: Path, tokens: np.ndarray) -> tuple[str, np.ndarra
     return versions("transformers", "compressed-tensors"), logits
 
 
-def gptqmodel(folder: Path, tokens: np.ndarray) -> tuple[str, np.ndarray]:
-    return versions("transformers", "optimum", "gptqmodel"), by_transformers(folder, tokens, device_map="cpu")
-
-
 def gguf(folder: Path, tokens: np.ndarray) -> tuple[str, np.ndarray]:
     return versions("transformers", "gguf"), by_transformers(folder, tokens, gguf_file="model.gguf")
 
@@ -265,7 +258,6 @@ def inputs_for(ports: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
 LOADERS: dict[str, Callable[[Path, np.ndarray], tuple[str, np.ndarray]]] = {
     "transformers": compressed_tensors,
     "description": description,
-    "gptqmodel": gptqmodel,
     "gguf": gguf,
     "llama.cpp": by_llama_cpp,
     "llama.cpp, decoded": by_llama_cpp_decoded,

@@ -34,7 +34,7 @@ def report(**changed: Any) -> dict[str, Any]:
         "evaluation": {"text": ["~/held/out.txt"]},
         "checkpoint": {"format": "compressed-tensors", "also": ["gptq", "gguf-q4_k"]},
         "model": "/models/owner",
-        "output": "/work/out",
+        "output": "/models/out",
     }
     layers = [
         {"name": f"model.layers.{index}.mlp.up_proj", "scheme": "w4a16", "error": 0.1, "fallback": None}
@@ -76,8 +76,8 @@ def report(**changed: Any) -> dict[str, Any]:
         "generates": True,
         "engines": ["vllm", "transformers"],
         "exports": [
-            {"format": "gptq", "output": "/work/out.gptq", "bytes": 11_300_000, "exact": 2, "requantized": 0},
-            {"format": "awq", "output": "/work/out.awq", "bytes": 12_300_000, "exact": 0, "requantized": 2},
+            {"format": "gptq", "output": "/models/out.gptq", "bytes": 11_300_000, "exact": 2, "requantized": 0},
+            {"format": "awq", "output": "/models/out.awq", "bytes": 12_300_000, "exact": 0, "requantized": 2},
         ],
         **changed,
     }
