@@ -14,10 +14,10 @@ better: a Llama of 13M parameters then has a KL divergence of 0.069 and not 0.06
 All blocks keep the same numbers, since config.json has one for all of them (as in Minitron, arXiv 2407.14679; in FLAP,
 2312.11983, blocks differ).
 
-Scores tell what a layer's output loses, but for `taylor`, which tells what predictions lose. It is taken of the model as
-it is before the first block shrinks, by gradients that come block by block (`compress.calibrate.gradients`), and doubles
-the time of the stage. The Llama of 13M parameters is best served by it without a quarter of its channels (0.060; obs
-0.068, greedy_obs 0.065), stories260k is not (0.74; 0.71, 0.73).
+Scores tell what a layer's output loses, but for `taylor`, which tells what predictions lose. It is taken of the model
+as it is before the first block shrinks, by gradients that come block by block (`compress.calibrate.gradients`), and
+doubles the time of the stage. The Llama of 13M parameters is best served by it without a quarter of its channels
+(0.060; obs 0.068, greedy_obs 0.065), stories260k is not (0.74; 0.71, 0.73).
 """
 
 from __future__ import annotations
