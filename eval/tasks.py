@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -148,16 +149,21 @@ def _read(file: Path, manager: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval prints on stdout, warns of what cannot be changed here, and forks to draw a thousand samples."""
+    """lm-eval prints on stdout, warns of what cannot be changed here, and forks to draw a thousand samples.
+
+    Some of its tasks shuffle choices with Python's own generator, which it seeds.
+    """
     log = logging.getLogger("lm_eval")
-    level = log.level
+    level, state = log.level, random.getstate()
     log.setLevel(logging.ERROR)
+    random.seed(0)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         log.setLevel(level)
+        random.setstate(state)
 
 
 def _reason(error: Exception) -> str:
