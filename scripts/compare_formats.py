@@ -248,6 +248,8 @@ def inputs_for(ports: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
             fed[port.name] = np.zeros((rows, heads, 0, size), np.float32)
         elif port.name == "input_ids":
             fed[port.name] = tokens.astype(np.int64)
+        elif port.name == "beam_idx":
+            fed[port.name] = np.arange(rows, dtype=np.int32)
         elif port.name == "attention_mask":
             fed[port.name] = np.ones((rows, length), np.int64)
         elif port.name == "position_ids":
