@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import RequestError, RunError
-from compress.footprint import peak_memory_so_far
 from compress.models.headers import read_folder
 from compress.models.store import local_folder, read_config
+from compress.plan.footprint import peak_memory_so_far
 from compress.runtime.decode import Decoder
 from compress.runtime.load import load
 from compress.runtime.modules import QuantLinear

@@ -246,7 +246,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from compress.convert import convert
+    from compress.pipeline.convert import convert
     from compress.tables import size
 
     found = convert(
@@ -280,9 +280,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from compress.compare import compare
     from compress.progress import Bar
     from compress.report import render_comparison
+    from compress.scoring.compare import compare
     from compress.tables import comparison_table
 
     asked = _scored_on(arguments)
@@ -299,7 +299,7 @@ def _scored_on(arguments: argparse.Namespace) -> dict[str, Any]:
     """What to score on. Raises RequestError where the page could not be written after all that work."""
     if arguments.report and not (folder := Path(arguments.report).absolute().parent).is_dir():
         raise RequestError(f"--report {arguments.report}: there is no folder {folder}. Make it, or name another file")
-    from compress.score_cache import default_folder
+    from compress.scoring.cache import default_folder
 
     return {
         "baseline": arguments.baseline,

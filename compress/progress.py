@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from compress.footprint import memory_now
+from compress.plan.footprint import memory_now
 
 
 class Bar:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from compress.tasks import metrics_of
+from compress.scoring.tasks import metrics_of
 
 BENCHED = {
     "prefill_tokens_per_second": "reading, tokens/s",

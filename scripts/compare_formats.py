@@ -112,7 +112,7 @@ def windows(model: Path, test: Path) -> np.ndarray:
 def logits_of_ours(folder: Path, tokens: Path) -> np.ndarray:
     import torch
 
-    from compress.opened import opened
+    from compress.scoring.opened import opened
 
     with opened(folder) as model:
         return model(torch.from_numpy(np.load(tokens))).float().numpy()

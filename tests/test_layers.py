@@ -27,25 +27,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transform", "quantize", "prune", "distill", "checkpoint", "runtime"),
     ("recipe",),
     ("plan",),
-    ("bench", "inspection", "progress", "scoring", "tables"),
-    ("compare", "report"),
+    ("bench", "inspection", "progress"),
+    ("scoring",),
+    ("tables",),
+    ("report",),
     ("pipeline",),
     ("",),
     ("demo", "doctor"),
     ("cli",),
 )
 EVERYWHERE = "errors"
-PART_OF_FILE = {
-    "asked": "scoring", "assignment": "plan", "convert": "pipeline", "decisions": "pipeline",
-    "draft": "recipe", "exports": "plan", "fitted": "pipeline", "footprint": "plan", "front": "tables",
-    "job": "pipeline", "layers": "plan", "lint": "plan", "opened": "scoring", "score_cache": "scoring",
-    "search": "pipeline", "segments": "pipeline", "target": "plan", "tasks": "tables", "texts": "pipeline",
-    "units": "plan",
-}  # fmt: skip
+PART_OF_FILE = {"draft": "recipe"}
 """Files that belong to a part by another name."""
 SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the codecs that wrote it"}
 KERNEL_USERS = ("checkpoint", "runtime", "doctor")
-EVAL_USERS = ("calibrate", "scoring", "compare", "pipeline", "cli")
+EVAL_USERS = ("calibrate", "scoring", "pipeline", "cli")
 LEAF_IMPORTS = {
     "eval": {"cyllama", "jaxtyping", "jinja2", "lm_eval", "pyarrow", "torch", "transformers"},
     "quant_kernels": {"jaxtyping", "torch", "triton"},
@@ -149,13 +145,13 @@ def test_every_import_is_absolute(imports: list[Import]) -> None:
 
 
 def test_kept_scores_know_everything_between_a_folder_and_its_logits(imports: list[Import]) -> None:
-    """What `compress.opened` imports, at any distance, is in the hash that `compress.score_cache` takes."""
-    from compress.score_cache import PROGRAM
+    """What `compress.scoring.opened` imports, at any distance, is in the hash that `compress.scoring.cache` takes."""
+    from compress.scoring.cache import PROGRAM
 
     needs: dict[str, set[str]] = {}
     for each in imports:
         needs.setdefault(each.importer, set()).update((each.imported, each.imported.rpartition(".")[0]))
-    reached, new = set(), {"compress.opened"}
+    reached, new = set(), {"compress.scoring.opened"}
     while new:
         reached |= new
         new = {name for module in new for name in needs.get(module, ()) if name in needs} - reached

@@ -15,7 +15,7 @@ That costs a training for each; here divergence before healing decides. Puzzle (
 of blocks that may all differ: plain transformers loads no such model.
 
 Latency is not known from headers. Written one at a time, a token costs about the time it takes to read the weights, so
-their bytes stand in for it until candidates are timed (`compress.search`).
+their bytes stand in for it until candidates are timed (`compress.pipeline.search`).
 """
 
 from __future__ import annotations

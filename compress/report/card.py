@@ -20,9 +20,9 @@ import yaml
 
 from compress.draft import Dumper
 from compress.errors import writing
+from compress.plan.target import READS
 from compress.report.words import Report, alarms, layers, model_name, texts, verified
 from compress.tables import size
-from compress.target import READS
 
 NAME = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from compress.front import Measure, measures
 from compress.report.page import Html, note, notices, number, page, section, table
 from compress.report.samples import samples
 from compress.report.scatter import Dot, scatter
 from compress.report.scores import SCORES, cells, tasks
 from compress.report.words import Report, digits, finite, model_name, names_of, shared_beginning
+from compress.scoring.front import Measure, measures
 from compress.tables import size
 
 OF_MODEL = ("perplexity", "perplexity_ratio", "kl_divergence", "top1_agreement")

@@ -8,7 +8,7 @@ from compress.report.intervals import Interval, intervals
 from compress.report.page import Html, Number, fold, heading, join, note, number, section, table
 from compress.report.samples import samples
 from compress.report.words import Report, digits, model_name
-from compress.tasks import Metric, metrics_of
+from compress.scoring.tasks import Metric, metrics_of
 
 SCORES: dict[str, tuple[str, str | Callable[[float], str], str]] = {
     "tokens": ("tokens", "{:,}", ""),

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.convert import convert
 from compress.models.store import load_tokenizer
-from compress.opened import opened
+from compress.pipeline.convert import convert
+from compress.scoring.opened import opened
 from eval.llama_cpp import LlamaCpp, LlamaCppError, Tokenizer
 from eval.texts import prepended_bos, tokenize
 

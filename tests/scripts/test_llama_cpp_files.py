@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import compress
 from compress.checkpoint.gguf import load as load_gguf
-from compress.convert import convert
 from compress.models.store import load_tokenizer
-from compress.opened import opened
+from compress.pipeline.convert import convert
 from compress.quantize.rtn import RTN
 from compress.recipe import CheckpointOptions, Evaluation, Recipe
+from compress.scoring.opened import opened
 from eval.llama_cpp import LlamaCpp
 
 pytest.importorskip("cyllama", reason="llama.cpp is not installed (pip install cyllama)")

@@ -16,13 +16,13 @@ from torch import Tensor
 import compress
 from compress.checkpoint import TorchAO, format_of
 from compress.checkpoint.weights import QuantizedWeights, open_model
-from compress.convert import convert
 from compress.core.affine import params_from_range, quantize
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import FP8, FP8_TENSOR, NVFP4, Grid, Scheme
 from compress.errors import ModelError, RecipeError
 from compress.models.headers import TensorHeader, read_folder
 from compress.pipeline import prepare
+from compress.pipeline.convert import convert
 from compress.quantize.rtn import RTN
 from compress.recipe import CheckpointOptions, Evaluation, Recipe
 

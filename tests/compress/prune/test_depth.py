@@ -31,9 +31,9 @@ from compress.models import anatomy_for
 from compress.models.headers import read_folder
 from compress.models.store import LazyModel
 from compress.pipeline import prepare
+from compress.pipeline.texts import Texts
 from compress.prune.depth import Depth, turns
 from compress.recipe import parse
-from compress.texts import Texts
 
 SMALL = ["calibration.samples=6", "calibration.sequence_length=32", "evaluation.samples=2"]
 TOKENS = torch.randint(2, 250, (4, 24), generator=torch.Generator().manual_seed(0))

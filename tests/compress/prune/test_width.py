@@ -22,9 +22,9 @@ from compress.models import anatomy_for
 from compress.models.headers import read_folder
 from compress.models.store import LazyModel
 from compress.pipeline import prepare
+from compress.pipeline.texts import Texts
 from compress.prune.width import Score, Width, narrowed
 from compress.recipe import parse
-from compress.texts import Texts
 
 SHAPE = {
     "hidden_size": 32,

@@ -67,7 +67,7 @@ def test_the_report_shows_the_trade_off(report: dict[str, Any]) -> None:
 def test_a_resumed_run_does_not_decide_again(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress.job import Job
+    from compress.pipeline.job import Job
 
     def stop(self: Job) -> None:
         raise KeyboardInterrupt

@@ -15,7 +15,6 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import compress
-from compress import job
 from compress.calibrate.block import Block
 from compress.calibrate.walk import enter, walk
 from compress.checkpoint.weights import QuantizedWeights, open_model
@@ -25,7 +24,7 @@ from compress.errors import ModelError, VerificationError
 from compress.inspection import inspect
 from compress.models.headers import read_folder
 from compress.models.store import LazyModel
-from compress.pipeline import prepare
+from compress.pipeline import job, prepare
 from compress.quantize.low_rank import LowRank
 from compress.quantize.rtn import RTN
 from compress.recipe import Recipe, parse

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compress.front import measures, pareto
+from compress.scoring.front import measures, pareto
 
 
 def test_who_is_beaten_in_one_and_better_in_none_is_not_on_the_front() -> None:

@@ -23,15 +23,15 @@ from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key
 from compress.distill.optimizer import optimizer_class
 from compress.errors import NumericalError, RequestError
-from compress.job import Job
 from compress.models.experts import taken_apart
 from compress.models.headers import Folder, canonical, read_folder
 from compress.models.store import DTYPES, Weights
+from compress.pipeline.job import Job
+from compress.pipeline.texts import Texts
 from compress.plan import Plan
 from compress.recipe import dump
 from compress.scoring import Progress
 from compress.stage import LEARNED, Trained
-from compress.texts import Texts
 
 TRAINING = "training"
 """In the scratch folder of a segment that trains: its checkpoints."""

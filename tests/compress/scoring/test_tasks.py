@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.tasks import Metric, metrics_of
+from compress.scoring.tasks import Metric, metrics_of
 
 
 def test_a_metric_comes_with_what_is_known_of_its_difference() -> None:

@@ -19,8 +19,8 @@ from compress.checkpoint.compressed_tensors import CompressedTensors
 from compress.checkpoint.folder import OutputFolder
 from compress.core.qtensor import QuantizedTensor
 from compress.errors import OutputError, StorageError, VerificationError
-from compress.job import Job
 from compress.pipeline import prepare
+from compress.pipeline.job import Job
 
 SMALL = [
     "gptq.group_size=32",

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress import convert as converting
 from compress.checkpoint.gguf import load as load_gguf
 from compress.checkpoint.weights import QuantizedWeights
 from compress.cli import main
 from compress.errors import OutputError, RecipeError
-from compress.exports import place
 from compress.models.headers import read_folder
+from compress.pipeline import convert as converting
 from compress.pipeline import prepare
+from compress.plan.exports import place
 from compress.recipe import dump, parse
 from compress.report import summary_lines
 

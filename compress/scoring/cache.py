@@ -24,9 +24,9 @@ from compress.errors import RequestError, eval_package
 if TYPE_CHECKING:
     from eval.journal import Journal
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAM = (
-    "compress/core", "compress/models", "compress/checkpoint", "compress/runtime", "compress/opened.py",
+    "compress/core", "compress/models", "compress/checkpoint", "compress/runtime", "compress/scoring/opened.py",
     "compress/errors.py", "eval", "quant_kernels",
 )  # fmt: skip
 """What stands between a model's files and an answer."""

@@ -1,7 +1,7 @@
 """Scoring of models, alone or against a baseline: on texts, on tasks, and by what they write.
 
 For texts, whose windows are few and long, both models are streamed from their files, side by side. For tasks, and to
-write, one after the other is in memory. What was measured before is not measured again (`compress.score_cache`).
+write, one after the other is in memory. What was measured before is not measured again (`compress.scoring.cache`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.asked import Asked, read_asked
 from compress.errors import NumericalError, RequestError, eval_package
 from compress.models.store import give_back, local_folder
-from compress.opened import Resident, context_of, is_gguf, opened, tokenizer_of, vocabulary_of
-from compress.score_cache import ScoreCache
+from compress.scoring.asked import Asked, read_asked
+from compress.scoring.cache import ScoreCache
+from compress.scoring.opened import Resident, context_of, is_gguf, opened, tokenizer_of, vocabulary_of
 
 Progress = Callable[[str, float, str], None]
 """Called with the phase, the share of the whole that is done (0…1), and a few words."""

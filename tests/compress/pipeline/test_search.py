@@ -14,12 +14,12 @@ import compress
 from compress.calibrate.data import calibration_windows, read_dataset
 from compress.models.store import load_tokenizer
 from compress.pipeline import prepare
+from compress.pipeline.search import await_shape
 from compress.prune.depth import Depth
 from compress.prune.shape import Shape
 from compress.prune.width import Width
 from compress.quantize.rtn import RTN
 from compress.recipe import Calibration, CheckpointOptions, Evaluation, Recipe, load
-from compress.search import await_shape
 
 SHAPE = Shape(parameters=0.8, heads=(1.0, 0.5), samples=4)
 

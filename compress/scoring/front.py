@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from compress.tasks import metrics_of
+from compress.scoring.tasks import metrics_of
 
 LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "brier", "loss", "mse")
 """Parts of the names of metrics that a good model makes small."""

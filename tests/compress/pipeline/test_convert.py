@@ -11,10 +11,10 @@ import compress
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.gguf import load as load_gguf
 from compress.checkpoint.weights import QuantizedWeights, open_model
-from compress.convert import convert
 from compress.errors import ModelError, OutputError, RequestError
 from compress.models.headers import read_folder
 from compress.models.store import Weights, load_tokenizer
+from compress.pipeline.convert import convert
 from compress.quantize.kv_cache import KVCache
 from compress.quantize.rtn import RTN
 from compress.recipe import Calibration, CheckpointOptions, Evaluation, Recipe

@@ -11,8 +11,8 @@ import torch
 from compress.cli import main
 from compress.errors import ModelError
 from compress.models.store import load_tokenizer
-from compress.opened import Resident, is_streamed, opened
 from compress.runtime.cache import QuantizedCache
+from compress.scoring.opened import Resident, is_streamed, opened
 
 TOKENS = torch.randint(2, 258, (2, 24), generator=torch.Generator().manual_seed(0))
 

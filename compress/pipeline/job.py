@@ -28,16 +28,16 @@ from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, write_atomically
 from compress.checkpoint.weights import open_model
 from compress.core.kv import parse_kv_scheme
-from compress.decisions import decide
 from compress.errors import VerificationError
-from compress.exports import engines
-from compress.footprint import peak_memory_so_far, versions
 from compress.models.experts import MIXTURES
 from compress.models.store import LazyModel, compute_dtype, give_back
+from compress.pipeline.decisions import decide
+from compress.pipeline.texts import Texts
 from compress.plan import PROBE_WINDOWS, Plan
+from compress.plan.exports import engines
+from compress.plan.footprint import peak_memory_so_far, versions
 from compress.recipe import dump
 from compress.scoring import Progress, score_streams
-from compress.texts import Texts
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 """Largest relative difference of logits between the walk and the reloaded files. Both run the same operations on the

@@ -26,18 +26,18 @@ from compress.calibrate import BATCH_TOKENS
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest
 from compress.errors import DataError, RecipeError, RunError, eval_package
-from compress.job import Job
 from compress.models import anatomy_for
 from compress.models.headers import Folder, context_length, read_json
 from compress.models.store import LazyModel, compute_dtype
+from compress.pipeline.job import Job
+from compress.pipeline.segments import together
+from compress.pipeline.texts import Texts
 from compress.plan import Plan, make_plan, refuse_quantized
 from compress.prune.depth import Depth
 from compress.prune.halves import HALVES
 from compress.prune.shape import ROUNDING, Choice, Shape, best, predicted, tightest
 from compress.recipe import Recipe
 from compress.scoring import Progress
-from compress.segments import together
-from compress.texts import Texts
 
 
 def suppose_shape(recipe: Recipe, folder: Folder) -> Plan:

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from compress.asked import read_streams
 from compress.calibrate.data import Windows, calibration_windows, first_tokens, is_file, read_dataset
 from compress.errors import DataError
 from compress.models.store import load_tokenizer
 from compress.plan import Plan
 from compress.recipe import Calibration
+from compress.scoring.asked import read_streams
 
 HELD_OUT = 16
 """Windows that a training is watched on, which it does not see."""

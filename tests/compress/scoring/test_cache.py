@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from compress import score_cache
 from compress.errors import RequestError
-from compress.score_cache import PROGRAM, ScoreCache, default_folder
+from compress.scoring import cache as score_cache
+from compress.scoring.cache import PROGRAM, ScoreCache, default_folder
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

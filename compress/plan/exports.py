@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from compress import lint, target
 from compress.checkpoint import FORMATS, Format, format_for, sparse_24
 from compress.checkpoint.gguf import kind_named
 from compress.checkpoint.gguf_metadata import architecture_of
@@ -25,6 +24,7 @@ from compress.core.scheme import Scheme
 from compress.errors import ModelError, OutputError
 from compress.models.selection import LayerName, did_you_mean
 from compress.models.store import DTYPES
+from compress.plan import lint, target
 from compress.recipe import CheckpointOptions, Recipe, Target
 
 

@@ -22,23 +22,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress import exports
 from compress import report as reporting
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.manifest import Manifest, run_key
-from compress.convert import convert_also
 from compress.errors import ModelError, OutputError
-from compress.job import Job
 from compress.models.headers import read_folder
 from compress.models.store import compute_dtype, device_named, local_folder
-from compress.plan import Plan
+from compress.pipeline.convert import convert_also
+from compress.pipeline.job import Job
+from compress.pipeline.search import await_shape, find_shape, suppose_shape
+from compress.pipeline.segments import check, complete, follow, is_companion
+from compress.pipeline.texts import Texts
+from compress.plan import Plan, exports
 from compress.recipe import Recipe, dump, load, overridden
 from compress.report import card
 from compress.scoring import Progress
-from compress.search import await_shape, find_shape, suppose_shape
-from compress.segments import check, complete, follow, is_companion
 from compress.stage import Stage
-from compress.texts import Texts
 
 
 def run(

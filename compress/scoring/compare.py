@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from compress.errors import ModelError, NetsukeError, RequestError, eval_package
-from compress.front import measures
 from compress.inspection import inspect
 from compress.models.headers import Folder, read_folder
 from compress.models.store import load_tokenizer, local_folder, read_config
-from compress.opened import is_streamed
 from compress.scoring import Progress, score
+from compress.scoring.front import measures
+from compress.scoring.opened import is_streamed
 
 FAILURES = (NetsukeError, ImportError, OSError, RuntimeError, ValueError)
 """What the loader of one checkpoint, ours or another's, may raise."""

@@ -14,23 +14,23 @@ from typing import Any
 
 from torch import Tensor
 
-from compress import assignment, exports, lint, target
 from compress.checkpoint import FORMATS, Format, format_for
 from compress.checkpoint.adapter import ADAPTER, Product, adapter_layout
 from compress.core.kv import heads_of
 from compress.core.scheme import Scheme
 from compress.core.sparsity import Pattern
 from compress.errors import ModelError, RecipeError
-from compress.footprint import peak_memory, training_memory
-from compress.layers import LayerPlan, layer_plan, num_blocks_of, shape_of, shards_of
 from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
 from compress.models.headers import Folder, canonical, context_length, file_bytes, tensor_bytes
 from compress.models.selection import did_you_mean
 from compress.models.store import Weights, compute_dtype
+from compress.plan import assignment, exports, lint, target
+from compress.plan.footprint import peak_memory, training_memory
+from compress.plan.layers import LayerPlan, layer_plan, num_blocks_of, shape_of, shards_of
+from compress.plan.units import allotted, units_of
 from compress.recipe import Recipe
 from compress.stage import Unit
-from compress.units import allotted, units_of
 
 PROBE_WINDOWS = 2
 """Windows that a run without calibration sends through the model, so that its checkpoint can be verified."""

@@ -20,7 +20,6 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compress import exports
 from compress.checkpoint import FORMATS, Format, format_for, onnx_model
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.gguf import export, kind_named
@@ -29,10 +28,11 @@ from compress.checkpoint.layouts import Entries
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.weights import QuantizedWeights, open_weights
 from compress.errors import ModelError, NetsukeError, OutputError, RequestError, VerificationError
-from compress.fitted import fit, fitted
 from compress.models.headers import read_folder, read_json
 from compress.models.selection import did_you_mean
 from compress.models.store import DTYPES, empty_module, load_tokenizer, local_folder
+from compress.pipeline.fitted import fit, fitted
+from compress.plan import exports
 from compress.recipe import CheckpointOptions, Recipe
 from compress.report import card
 from compress.scoring import Progress
