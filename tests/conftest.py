@@ -6,7 +6,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [" ".join(words.choices(vocabulary, k=80)) for _ in range(40)]
     file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return file
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a package one that is not installed, whatever other tests have imported of it."""
+
+    def take_away(package: str) -> None:
+        for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return take_away
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

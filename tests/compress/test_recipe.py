@@ -121,7 +121,7 @@ class TestComplaints:
             (
                 "stages: [smooth]\npositions: {}",
                 "2:1: the recipe has no field 'positions'. It has: name, stages, calibration, evaluation, "
-                "checkpoint, gates, model, output.",
+                "checkpoint, gates, target, model, output.",
             ),
             (
                 "stages:\n  - smoth\n",

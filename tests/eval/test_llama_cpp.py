@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,8 @@ from eval.texts import prepended_bos, tokenize
 TEXTS = ["once upon a time, <s> there was\n\n  a carver", "", "naïve café 木彫り 🦊"]
 
 
-def test_without_cyllama_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cyllama", None)
+def test_without_cyllama_the_error_says_how_to_install_it(tmp_path: Path, without: Callable[[str], None]) -> None:
+    without("cyllama")
     with pytest.raises(LlamaCppError, match="model.gguf: GGUF files run on llama.cpp .*; pip install cyllama"):
         LlamaCpp(tmp_path / "model.gguf")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -75,8 +74,8 @@ def test_metrics_of_a_real_filter_keep_its_name() -> None:
     assert metrics(result) == {"exact_match,strict-match": 0.2}
 
 
-def test_without_lm_eval_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+def test_without_lm_eval_the_error_says_how_to_install_it(without: Callable[[str], None]) -> None:
+    without("lm_eval")
     with pytest.raises(TaskError, match=r"pip install 'netsuke\[tasks\]'"):
         load_tasks(["arc_easy"])
 

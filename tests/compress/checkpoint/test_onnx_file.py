@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,7 +134,7 @@ def test_a_folder_without_a_graph_is_refused(tmp_path: Path) -> None:
         ONNXFile(tmp_path)
 
 
-def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnx", None)
+def test_the_missing_package_is_named(tmp_path: Path, without: Callable[[str], None]) -> None:
+    without("onnx")
     with pytest.raises(RequestError, match=r"pip install 'netsuke\[onnx\]'"):
         GraphWriter(tmp_path)

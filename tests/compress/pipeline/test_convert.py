@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,7 +115,7 @@ def test_onnx_is_a_whole_folder_with_the_same_codes(form: str, packed: Path, tmp
 
 
 def test_a_graph_that_cannot_be_written_leaves_nothing(
-    packed: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: Path, tiny: Path, tmp_path: Path, without: Callable[[str], None]
 ) -> None:
     recipe = Recipe("fp8", (RTN("fp8a16"),), evaluation=Evaluation(samples=1))
     compress.run(recipe, model=str(tiny), output=tmp_path / "fp8")
@@ -125,7 +125,7 @@ def test_a_graph_that_cannot_be_written_leaves_nothing(
     with pytest.raises(ModelError, match="is not quantized"):
         convert(tiny, "onnx", tmp_path / "out")
     for package in ("openvino", "onnx"):
-        monkeypatch.setitem(sys.modules, package, None)
+        without(package)
         with pytest.raises(RequestError, match=rf"pip install 'netsuke\[{package}\]'"):
             convert(packed, package, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["fp8"]
