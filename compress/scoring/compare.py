@@ -7,15 +7,16 @@ that costs its own row and no other. Windows are as long as the shortest context
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from compress.errors import ModelError, NetsukeError, RequestError, eval_package
+from compress.errors import ModelError, NetsukeError, RequestError
 from compress.inspection import inspect
-from compress.models.headers import Folder, read_folder
-from compress.models.store import load_tokenizer, local_folder, read_config
+from compress.models.headers import read_folder
+from compress.models.store import load_tokenizer, local_folder
 from compress.scoring import Progress, score
 from compress.scoring.front import measures
-from compress.scoring.opened import is_streamed
+from compress.scoring.opened import context_of, is_gguf, is_streamed, vocabulary_of
 
 FAILURES = (NetsukeError, ImportError, OSError, RuntimeError, ValueError)
 """What the loader of one checkpoint, ours or another's, may raise."""
@@ -35,11 +36,9 @@ def compare(
     where the request is wrong.
     """
     names = list(dict.fromkeys(models))
-    folders = _folders([*([baseline] if baseline else []), *names])
-    with eval_package():
-        from eval.evaluate import default_context
+    paths = _checked([*([baseline] if baseline else []), *names])
     if context is None:
-        context = min(default_context(read_config(folder.path)) for folder in folders.values())
+        context = min(context_of(path) for path in paths.values())
 
     def tell(phase: str, done: float, words: str) -> None:
         if progress:
@@ -48,9 +47,9 @@ def compare(
     rows: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
     for name in names:
-        row: dict[str, Any] = {"model": name, "bytes": folders[name].bytes, "format": None, "texts": [], "tasks": {}}
+        row: dict[str, Any] = {"model": name, "bytes": _bytes(paths[name]), "format": None, "texts": [], "tasks": {}}
         try:
-            row |= _held(folders[name])
+            row |= _held(paths[name])
             row |= score(name, baseline=baseline, context=context, progress=tell, **asked)
             del row["baseline"]
             found.append(row.pop("cache") or {})
@@ -76,43 +75,49 @@ def _recalled(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return told
 
 
-def _folders(names: Sequence[str]) -> dict[str, Folder]:
-    """The folders of models that share the vocabulary of the first.
+def _checked(names: Sequence[str]) -> dict[str, Path]:
+    """The folders and GGUF files of models that share the vocabulary of the first.
 
     Raises RequestError, which says all that is wrong with any of them.
     """
-    folders: dict[str, Folder] = {}
-    vocabularies: dict[str, tuple[int, dict[str, int]]] = {}
+    paths: dict[str, Path] = {}
+    vocabularies: dict[str, tuple[int, dict[str, int] | None]] = {}
     problems: list[str] = []
     for name in dict.fromkeys(names):
         try:
-            folder = read_folder(local_folder(name))
-            tokens = load_tokenizer(folder.path).get_vocab()
-            vocabularies[name] = read_config(folder.path).get_text_config().vocab_size, tokens
+            paths[name] = Path(name) if is_gguf(Path(name)) else local_folder(name)
+            if is_gguf(paths[name]):
+                vocabularies[name] = vocabulary_of(paths[name]), None
+            else:
+                problems += read_folder(paths[name]).truncated
+                vocabularies[name] = vocabulary_of(paths[name]), load_tokenizer(paths[name]).get_vocab()
         except ModelError as error:
             problems.append(str(error))
-        else:
-            folders[name] = folder
-            problems += folder.truncated
     for name, (width, tokens) in vocabularies.items():
         first, (its_width, its_tokens) = next(iter(vocabularies.items()))
         if width != its_width:
             problems.append(
                 f"{name}: has a vocabulary of {width:,}, {first} one of {its_width:,}. Compare models that share one"
             )
-        elif tokens != its_tokens:
+        elif None not in (tokens, its_tokens) and tokens != its_tokens:
             problems.append(f"{name}: its tokenizer is not that of {first}. Compare models that share one")
     if problems:
         raise RequestError(problems)
-    return folders
+    return paths
 
 
-def _held(folder: Folder) -> dict[str, Any]:
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if is_gguf(path) else read_folder(path).bytes
+
+
+def _held(path: Path) -> dict[str, Any]:
     """Format, bytes and bits per weight; of a format that only its own loader reads, the name."""
-    quantization = folder.config.get("quantization_config") or {}
+    if is_gguf(path):
+        return {"format": "gguf"}
+    quantization = read_folder(path).config.get("quantization_config") or {}
     if not is_streamed(quantization):
         return {"format": quantization["quant_method"]}
-    found = inspect(folder.path)
+    found = inspect(path)
     return {key: found[key] for key in ("format", "bytes", "bits_per_weight") if found[key] is not None}
 
 

@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.cli import main
+from compress.errors import RequestError
+from compress.pipeline.convert import convert
 from compress.recipe import parse
+from compress.scoring.compare import compare
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +171,15 @@ def test_what_was_measured_before_is_counted_over_all_models(
     first, second = results
     assert first["models"] == second["models"]
     assert second["cache"]["windows"] == {"asked": 4, "found": 4}
+
+
+def test_a_gguf_file_is_beside_the_folder_it_was_made_of(tiny: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cyllama", reason="llama.cpp is not installed (pip install cyllama)")
+    file = tmp_path / "model.gguf"
+    convert(tiny, "gguf-q8_0", file)
+    found = compare([str(file), str(tiny)], baseline=str(tiny), texts=[text], limit=2)
+    row = found["models"][0]
+    assert (row["format"], row["bytes"]) == ("gguf", file.stat().st_size)
+    assert 0 < row["texts"][0]["kl_divergence"] < 0.01
+    with pytest.raises(RequestError, match=r"nothing.gguf: there is no such file"):
+        compare([str(tmp_path / "nothing.gguf")], texts=[text], limit=2)
