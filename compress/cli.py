@@ -247,15 +247,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from compress.pipeline.convert import convert
+    from compress.progress import Bar
     from compress.tables import size
 
-    found = convert(
-        arguments.folder,
-        arguments.to,
-        arguments.output,
-        overwrite=arguments.overwrite,
-        calibration=arguments.calibration,
-    )
+    options = {"overwrite": arguments.overwrite, "calibration": arguments.calibration}
+    with Bar() as bar:
+        found = convert(arguments.folder, arguments.to, arguments.output, **options, progress=bar.show)
     told = f"{size(found['bytes_before'])} → {size(found['bytes_after'])}"
     lines = [("output", found["output"]), ("format", found["format"]), ("size", told)]
     if "exact" in found:

@@ -17,6 +17,7 @@ from torch import Tensor
 from compress.checkpoint.bitsandbytes_int8 import INT8, SCALE, SCALE_DTYPE, decode_int8, encode_int8, int8_entries
 from compress.checkpoint.bitsandbytes_nf4 import STATE, decode_nf4, encode_nf4, nf4_entries, read_state
 from compress.checkpoint.layouts import Entries
+from compress.checkpoint.plain import Plain
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import NF4, Grid, Scheme
 from compress.errors import ModelError
@@ -30,7 +31,7 @@ THRESHOLD = 6.0
 
 
 @dataclass(frozen=True)
-class BitsAndBytes:
+class BitsAndBytes(Plain):
     """Writes NF4 with plain scales and int8; reads NF4 with nested scales too."""
 
     name: ClassVar[str] = "bitsandbytes"
@@ -65,10 +66,6 @@ class BitsAndBytes:
         normal = scheme.weights.kind == "normal"
         entries = nf4_entries(shape, DTYPES[scale_dtype]) if normal else int8_entries(shape)
         return {f"{name}.{leaf}": entry for leaf, entry in entries.items()}
-
-    def metadata(self, entries: Entries, schemes: Collection[Scheme], dtype: str) -> dict[str, str]:
-        """None: tensors say all."""
-        return {}
 
     def encode(
         self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None
@@ -133,10 +130,3 @@ class BitsAndBytes:
                 "quantization_config: of bitsandbytes only nf4 and int8 can be read, and no layer is stored so"
             )
         return schemes
-
-    def rotated_inputs(self, config: Mapping[str, Any], layers: Collection[str]) -> dict[str, int]:
-        """None: there is no place to say so."""
-        return {}
-
-    def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
-        """None: inputs are not rounded."""

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from compress.checkpoint.layouts import LAYOUTS, Entries, Layout, layout_for
+from compress.checkpoint.plain import Plain
 from compress.checkpoint.rotations import rotated_inputs, transform_config
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import INPUT_BITS, WEIGHT_BITS, Grid, Scheme, parse_scheme
@@ -45,7 +46,7 @@ Compression = Literal["auto", "pack-quantized", "int-quantized"]
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(Plain):
     """Writes integers with the given compression, else every scheme the way engines expect it; reads all."""
 
     compression: Compression = "auto"
@@ -79,10 +80,6 @@ class CompressedTensors:
         if scheme.static:
             entries[_input_scale(scheme)] = ("F32" if scheme.local else scale_dtype), (1,)
         return {f"{name}.{leaf}": entry for leaf, entry in entries.items()}
-
-    def metadata(self, entries: Entries, schemes: Collection[Scheme], dtype: str) -> dict[str, str]:
-        """None: tensors say all."""
-        return {}
 
     def encode(
         self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from compress.checkpoint.layouts import Entries
+from compress.checkpoint.plain import Plain
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid, Scheme
 from compress.errors import ModelError
@@ -21,7 +22,7 @@ from compress.models.headers import TensorHeader
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Plain):
     """Writes [out, in] weights in the dtype of their scales; there is nothing to read back but weights."""
 
     name: ClassVar[str] = "dense"
@@ -41,10 +42,6 @@ class Dense:
     def layout(self, name: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str) -> Entries:
         """Tensor name → (safetensors dtype, shape) of what `encode` writes."""
         return {f"{name}.weight": (scale_dtype, shape)}
-
-    def metadata(self, entries: Entries, schemes: Collection[Scheme], dtype: str) -> dict[str, str]:
-        """None: tensors say all."""
-        return {}
 
     def encode(
         self, name: str, tensor: QuantizedTensor, inputs: Grid | None = None, input_scale: Tensor | None = None
@@ -72,10 +69,3 @@ class Dense:
     def schemes(self, config: Mapping[str, Any], tensors: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
         """No layer is stored quantized."""
         return {}
-
-    def rotated_inputs(self, config: Mapping[str, Any], layers: Collection[str]) -> dict[str, int]:
-        """None: there is no place to say so."""
-        return {}
-
-    def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
-        """None: inputs are not rounded."""

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.layouts import Entries
+from compress.checkpoint.plain import Plain
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import FP8, WEIGHT_BITS, Grid, Scheme
 from compress.errors import ModelError
@@ -44,7 +45,7 @@ SCALE_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class TorchAO:
+class TorchAO(Plain):
     """The format, as torchao 0.18 reads it."""
 
     name: ClassVar[str] = "torchao"
@@ -158,13 +159,6 @@ class TorchAO:
         """Layer → scheme, from anyone's config. Raises ModelError for configurations of another kind."""
         scheme = Scheme(_grid((config.get("quant_type") or {}).get("default") or {}))
         return {key.removesuffix(f".{CODES}"): scheme for key in tensors if key.endswith(f".{CODES}")}
-
-    def rotated_inputs(self, config: Mapping[str, Any], layers: Collection[str]) -> dict[str, int]:
-        """None: there is no place to say so."""
-        return {}
-
-    def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
-        """None: inputs are not rounded."""
 
 
 def weights_alone(config: Mapping[str, Any]) -> bool:

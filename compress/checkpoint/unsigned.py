@@ -15,6 +15,7 @@ from jaxtyping import Int8, UInt8
 from torch import Tensor
 
 from compress.checkpoint.layouts import Entries
+from compress.checkpoint.plain import Plain
 from compress.core.qtensor import QuantizedTensor
 from compress.core.scheme import Grid, Scheme
 from compress.errors import ModelError
@@ -23,7 +24,7 @@ from compress.models.headers import TensorHeader
 LEAVES = ("qweight", "qzeros", "scales")
 
 
-class Unsigned:
+class Unsigned(Plain):
     """Answers that both formats give alike."""
 
     packs: ClassVar[bool] = True
@@ -31,17 +32,6 @@ class Unsigned:
     def scale_dtype(self, schemes: Collection[Scheme]) -> torch.dtype:
         """float16, whatever the weights are."""
         return torch.float16
-
-    def metadata(self, entries: Entries, schemes: Collection[Scheme], dtype: str) -> dict[str, str]:
-        """None: tensors say all."""
-        return {}
-
-    def rotated_inputs(self, config: Mapping[str, Any], layers: Collection[str]) -> dict[str, int]:
-        """None: there is no place to say so."""
-        return {}
-
-    def input_scale(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
-        """None: inputs are not rounded."""
 
 
 def half(name: str, scale: Tensor) -> Tensor:

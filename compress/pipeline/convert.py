@@ -27,11 +27,11 @@ from compress.checkpoint.graphs import GRAPHS
 from compress.checkpoint.layouts import Entries
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.weights import QuantizedWeights, open_weights
-from compress.errors import ModelError, NetsukeError, OutputError, RequestError, VerificationError
+from compress.errors import ModelError, NetsukeError, OutputError, RequestError
 from compress.models.headers import read_folder, read_json
 from compress.models.selection import did_you_mean
 from compress.models.store import DTYPES, empty_module, load_tokenizer, local_folder
-from compress.pipeline.fitted import fit, fitted
+from compress.pipeline.fitted import fit, fitted, text_windows
 from compress.plan import exports
 from compress.recipe import CheckpointOptions, Recipe
 from compress.report import card
@@ -41,7 +41,13 @@ WEIGHTS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.xml", "*.bin")
 
 
 def convert(
-    source: str | Path, to: str, output: str | Path, *, overwrite: bool = False, calibration: str | None = None
+    source: str | Path,
+    to: str,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    calibration: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a quantized folder in the format `to`, and say what was written.
 
@@ -50,7 +56,7 @@ def convert(
     Raises RequestError before anything is written where the folder or the format cannot be that, with the reason.
     """
     if to.startswith("gguf-"):
-        return _gguf(source, to, Path(output), overwrite, calibration)
+        return _gguf(source, to, Path(output), overwrite, calibration, progress or (lambda *_: None))
     if calibration:
         raise RequestError(f"--calibration {calibration}: {to} takes the codes as they are. Leave it out")
     if to not in FORMATS and to not in GRAPHS:
@@ -66,7 +72,7 @@ def convert(
     form = None if to in GRAPHS else format_for(CheckpointOptions(format=to))
     problems = _problems(weights, form) if form else _beside(weights) or onnx_model.problems(weights)
     if problems:
-        raise ModelError("\n".join(problems))
+        raise ModelError(problems)
     target = OutputFolder(Path(output), len(folder.files))
     if target.final == folder.path.resolve():
         raise OutputError(f"{output}: is the folder itself. Choose another --output")
@@ -122,7 +128,9 @@ def convert_also(recipe: Recipe, folder: OutputFolder, manifest: Manifest, tell:
         manifest.save()
 
 
-def _gguf(source: str | Path, to: str, output: Path, overwrite: bool, calibration: str | None) -> dict[str, Any]:
+def _gguf(
+    source: str | Path, to: str, output: Path, overwrite: bool, calibration: str | None, tell: Progress
+) -> dict[str, Any]:
     """A folder, quantized or not, as one file for llama.cpp. `output`: the file, or a folder for `model.gguf`."""
     try:
         kind = kind_named(to)
@@ -131,15 +139,16 @@ def _gguf(source: str | Path, to: str, output: Path, overwrite: bool, calibratio
     path = local_folder(str(source))
     weights = open_weights(path)
     if isinstance(weights, QuantizedWeights) and (problems := _beside(weights)):
-        raise ModelError("\n".join(problems))
+        raise ModelError(problems)
     file = output if output.suffix == ".gguf" else output / "model.gguf"
     if file.exists() and not overwrite:
         raise OutputError(f"{file}: exists already. Choose another --output, or give --overwrite")
     tokenizer = load_tokenizer(path)
+    windows = text_windows(weights.folder, calibration, tokenizer) if calibration else None
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch:
-        files = fit(path, kind, calibration, tokenizer, Path(scratch)) if calibration else {}
-        written = export(weights, kind, tokenizer, file, lambda layer, found: fitted(files, layer, found))
+        files = {} if windows is None else fit(path, kind, windows, Path(scratch), tell)
+        written = export(weights, kind, tokenizer, file, lambda layer, found: fitted(files, layer, found), tell)
     return {
         "model": str(source),
         "output": str(file),
@@ -242,9 +251,8 @@ def _read_back(weights: QuantizedWeights, form: Format, file: Path, layers: set[
     stored = load_file(file)
     for layer in layers:
         part = {name: tensor for name, tensor in stored.items() if name.startswith(f"{layer}.")}
-        before, after = weights.quantized(layer), form.decode(layer, part, weights.schemes[layer].weights)
-        if not (before.codes.equal(after.codes) and before.dequantize().equal(after.dequantize())):
-            raise VerificationError(f"{file}: {layer} does not decode to what it was. Please report this")
+        decoded = form.decode(layer, part, weights.schemes[layer].weights)
+        onnx_model.check_same(layer, weights.quantized(layer), decoded, file)
 
 
 def _config(weights: QuantizedWeights, form: Format) -> dict[str, Any]:

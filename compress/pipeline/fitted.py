@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,29 +24,30 @@ from compress.checkpoint.weights import open_model
 from compress.core.ggml import Blocks, BlockType, type_for
 from compress.core.ggml_feedback import fitted_blocks
 from compress.errors import naming
-from compress.models.headers import context_length
+from compress.models.headers import Folder, context_length
 from compress.recipe import Calibration
 
 CALIBRATION = Calibration(samples=128, sequence_length=512)
 PARTS = ("codes", "scale", "shift", "scales", "mins")
 
 
+def text_windows(folder: Folder, dataset: str, tokenizer: Any) -> Int[Tensor, "windows length"]:
+    """What of a text layers are fitted to. Raises DataError where it is missing or too short."""
+    options = CALIBRATION
+    length = min(options.sequence_length, context_length(folder.config))
+    documents = read_dataset(dataset, options.split, tokenizer)
+    return calibration_windows(documents, tokenizer, samples=options.samples, length=length, seed=options.seed).tokens
+
+
 def fit(
     path: Path,
     kind: str,
-    dataset: str,
-    tokenizer: Any,
+    windows: Int[Tensor, "windows length"],
     scratch: Path,
     tell: Callable[[str, float, str], None] = lambda *_: None,
 ) -> Mapping[str, Path]:
-    """Layer → the file that `fitted` reads, of those layers that are not in type `kind` already. Made in `scratch`.
-
-    Raises DataError where the text is missing or too short.
-    """
-    model, options = open_model(path), CALIBRATION
-    length = min(options.sequence_length, context_length(model.weights.folder.config))
-    documents = read_dataset(dataset, options.split, tokenizer)
-    windows = calibration_windows(documents, tokenizer, samples=options.samples, length=length, seed=options.seed)
+    """Layer → the file that `fitted` reads, of those layers that are not in type `kind` already. Made in `scratch`."""
+    model = open_model(path)
     files: dict[str, Path] = {}
 
     def work(block: Block) -> None:
@@ -68,7 +70,7 @@ def fit(
                 {name: value.contiguous() for name, value in found.items()}, scratch / f"{block.index}.safetensors"
             )
 
-    entrance = enter(model, windows.tokens, inputs_of(0, scratch))
+    entrance = enter(model, windows, inputs_of(0, scratch))
     for _ in walk(model, entrance, entrance.inputs, scratch, work, packs=False):
         pass
     return files

@@ -17,9 +17,8 @@ import torch
 from compress.checkpoint import FORMATS, Format, format_for, sparse_24
 from compress.checkpoint.gguf import kind_named
 from compress.checkpoint.gguf_metadata import architecture_of
-from compress.checkpoint.graphs import GRAPHS
+from compress.checkpoint.graphs import GRAPHS, require
 from compress.checkpoint.onnx_blocks import problem as no_operands
-from compress.checkpoint.onnx_file import onnx_package
 from compress.core.scheme import Scheme
 from compress.errors import ModelError, OutputError
 from compress.models.selection import LayerName, did_you_mean
@@ -46,7 +45,7 @@ def check(recipe: Recipe, output: Path, model: Path, *, resume: bool, overwrite:
         if there.exists() and not (resume or overwrite):
             raise OutputError(f"{there}: exists already, and {where} asks for {name} there. Move it, or --overwrite")
         if name in GRAPHS:
-            onnx_package()
+            require(name)
 
 
 def problems(

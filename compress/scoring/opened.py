@@ -2,9 +2,8 @@
 
 Folders that netsuke reads are streamed block by block in float32 from their files, so a model larger than memory can
 be scored, and what is scored is what ships. Formats that only their own loader reads are loaded by transformers; GGUF
-files run on llama.cpp, where it is installed. Where
-many short questions are asked, or tokens written one at a time, a model stays in memory: packed as it is stored, with
-activations in float32 too.
+files run on llama.cpp, where it is installed. Where many short questions are asked, or tokens written one at a time, a
+model stays in memory: packed as it is stored, with activations in float32 too.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import compress
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.gguf import load as load_gguf
 from compress.checkpoint.weights import QuantizedWeights, open_model
-from compress.errors import ModelError, OutputError, RequestError
+from compress.errors import DataError, ModelError, OutputError, RequestError
 from compress.models.headers import read_folder
 from compress.models.store import Weights, load_tokenizer
 from compress.pipeline.convert import convert
@@ -184,6 +184,12 @@ def test_layers_whose_codes_are_kept_are_not_fitted(packed: Path, text: Path, tm
     assert found["requantized"] == 0
     before, after = (load_gguf(tmp_path / f"{name}.gguf") for name in ("plain", "fitted"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_text_that_is_not_there_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing.jsonl"):
+        convert(tiny, "gguf-q4_0", tmp_path / "out", calibration=str(tmp_path / "missing.jsonl"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_codes_as_they_are_need_no_text(packed: Path, text: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import compress
 from compress.checkpoint.gguf import load as load_gguf
 from compress.checkpoint.weights import QuantizedWeights
 from compress.cli import main
-from compress.errors import OutputError, RecipeError
+from compress.errors import OutputError, RecipeError, RequestError
 from compress.models.headers import read_folder
 from compress.pipeline import convert as converting
 from compress.pipeline import prepare
+from compress.plan import exports
 from compress.plan.exports import place
 from compress.recipe import dump, parse
 from compress.report import summary_lines
@@ -202,3 +204,13 @@ def test_a_format_that_fails_after_all_costs_the_others_nothing(
     assert "small.torchao: torchao" in told.out
     assert {path.name for path in tmp_path.iterdir()} == {"model", "x.yaml", "small", "small.torchao"}
     assert "gptq: model.layers.1" in (tmp_path / "small" / "README.md").read_text().replace("\\", "")
+
+
+@pytest.mark.parametrize(("name", "package"), [("onnx", "onnx"), ("openvino", "onnx"), ("openvino", "openvino")])
+def test_a_package_that_is_missing_is_said_before_the_run(
+    tiny: Path, tmp_path: Path, without: Callable[[str], None], name: str, package: str
+) -> None:
+    recipe = parse(f"stages: [rtn: {{scheme: w4a16, group_size: 32}}]\ncheckpoint: {{also: [{name}]}}", "x.yaml")
+    without(package)
+    with pytest.raises(RequestError, match=rf"pip install 'netsuke\[{package}\]'"):
+        exports.check(recipe, tmp_path / "out", tiny, resume=False, overwrite=False)
