@@ -23,8 +23,9 @@ from torch import Tensor
 from compress.checkpoint.gguf_file import PLAIN, GGUFFile, TensorInfo, save
 from compress.checkpoint.gguf_metadata import architecture_of, metadata_of, rope_factors
 from compress.checkpoint.weights import QuantizedWeights
-from compress.core.ggml import TYPES, Blocks, BlockType, blocks, from_grid, type_for
+from compress.core.ggml import TYPES, Blocks, BlockType, from_grid, type_for
 from compress.core.ggml_bytes import from_bytes, to_bytes
+from compress.core.ggml_search import blocks
 from compress.errors import ModelError
 from compress.models.store import Weights
 

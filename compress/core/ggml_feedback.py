@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compress.core.columns import Feedback, round_steps
-from compress.core.ggml import Blocks, BlockType, blocks, levels, nonzero, steps
+from compress.core.ggml import Blocks, BlockType, levels, nonzero, steps
+from compress.core.ggml_search import blocks
 from compress.core.linalg import NotPositiveDefinite, dead_columns, inverse_cholesky, pivot_order
 
 BLOCK = 128

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.core.ggml import TYPES, blocks
+from compress.core.ggml import TYPES
 from compress.core.ggml_bytes import from_bytes, to_bytes
 from compress.core.ggml_feedback import fitted_blocks
+from compress.core.ggml_search import blocks
 from compress.core.metrics import relative_error
 
 
