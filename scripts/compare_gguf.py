@@ -1,23 +1,29 @@
 #!/usr/bin/env python3
 """Our GGUF files beside those of llama.cpp's own quantizer, all of them run by llama.cpp.
 
-    scripts/compare_gguf.py --model DIR --calibration FILE --test FILE [--kinds Q4_K Q6_K Q4_0] [--samples N]
+    scripts/compare_gguf.py --models DIR... --calibration FILE --test FILE... [--kinds Q4_K Q6_K Q4_0] [--samples N]
 
 Of each type there are three files of the same size: llama.cpp's without an importance matrix, ours from the weights
 alone, and ours fitted to the calibration text. Q4_0 has a fourth, the codes of a GPTQ run as they are. All are
-quantized from the same float32 file and keep in float32 what is outside the blocks. The divergence is of llama.cpp's
-own float32 logits, over windows of 512 tokens. Rows of a multiple of 256 weights are needed: see `pad_llama.py`.
-Needs cyllama.
+quantized from the same float32 file and keep in float32 what is outside the blocks. Losses are against llama.cpp's own
+float32 logits, over windows of 512 tokens of all texts together.
+
+What rounding does to a perplexity is for the most part chance, the same in every window: give several models that
+compute the same in another order (`equal_llama.py --shuffle`), and all numbers are means over them, with the standard
+error among models, in the last two columns of the difference of each model's files. Rows of a multiple of 256 weights
+are needed (`equal_llama.py --hidden`). Needs llama.cpp through cyllama.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from llama_cpp_files import VERSION, quantize
@@ -32,56 +38,74 @@ stages: [gptq: {{scheme: w4a16, group_size: 32, asymmetric: true, ignore: [lm_he
 checkpoint: {{format: gptq}}
 evaluation: {{samples: 1}}
 """
+HEADER = """
+| type | codes by | MB | log perplexity ratio | KL divergence | ratio over llama.cpp's | KL over llama.cpp's |
+|---|---|--:|--:|--:|--:|--:|"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--models", type=Path, nargs="+", required=True)
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--test", type=Path, nargs="+", required=True)
     parser.add_argument("--kinds", nargs="+", default=["Q4_K", "Q6_K", "Q4_0"])
-    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=24, help="windows of each text")
     options = parser.parse_args()
-    tokenizer = load_tokenizer(options.model)
-    with tempfile.TemporaryDirectory() as scratch:
-        original = Path(scratch) / "original.gguf"
-        netsuke("convert", options.model, "--to", "gguf-f32", "--output", original)
-        print(f"{VERSION}\n\n| type | codes by | MB | perplexity ratio | KL divergence |\n|---|---|--:|--:|--:|")
-        for kind, maker, file in files(options, original, Path(scratch)):
-            (score,) = score_texts(
-                LlamaCpp(file),
-                tokenizer,
-                [options.test],
-                baseline=LlamaCpp(original),
-                context=512,
-                limit=options.samples,
-            )
-            ratio, divergence = (
-                f"{score[name]:.5f} ± {score[error]:.5f}"
-                for name, error in (
-                    ("perplexity_ratio", "perplexity_ratio_standard_error"),
-                    ("kl_divergence", "kl_standard_error"),
+    sizes: dict[tuple[str, str], float] = {}
+    losses: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for model in options.models:
+        tokenizer = load_tokenizer(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            original = Path(scratch) / "original.gguf"
+            netsuke("convert", model, "--to", "gguf-f32", "--output", original)
+            for kind, maker, file in files(model, options, original, Path(scratch)):
+                scores = score_texts(
+                    LlamaCpp(file),
+                    tokenizer,
+                    options.test,
+                    baseline=LlamaCpp(original),
+                    context=512,
+                    limit=options.samples,
                 )
-            )
-            size = file.stat().st_size / 1e6
-            print(f"| {kind} | {maker} | {size:.1f} | {ratio} | {divergence} |", flush=True)
-            file.unlink()
+                loss = (
+                    fmean(math.log(score["perplexity_ratio"]) for score in scores),
+                    fmean(score["kl_divergence"] for score in scores),
+                )
+                print(f"{model.name}: {kind} by {maker}: {loss[0]:+.5f} {loss[1]:.5f}", file=sys.stderr, flush=True)
+                losses.setdefault((kind, maker), []).append(loss)
+                sizes[kind, maker] = file.stat().st_size / 1e6
+                file.unlink()
+    print(f"{VERSION}, {len(options.models)} models\n{HEADER}")
+    for (kind, maker), found in losses.items():
+        ratios, divergences = zip(*found, strict=True)
+        over = [
+            [here - there for here, there in zip(column, theirs, strict=True)]
+            for column, theirs in zip((ratios, divergences), zip(*losses[kind, "llama.cpp"], strict=True), strict=True)
+        ]
+        told = [mean(column) for column in (ratios, divergences, *(over if maker != "llama.cpp" else ()))]
+        print("|", " | ".join([kind, maker, f"{sizes[kind, maker]:.1f}", *told, *[""] * (4 - len(told))]), "|")
 
 
-def files(options: argparse.Namespace, original: Path, scratch: Path) -> Iterator[tuple[str, str, Path]]:
+def mean(values: Sequence[float]) -> str:
+    """With its standard error, where there are several."""
+    error = f" ± {stdev(values) / math.sqrt(len(values)):.5f}" if len(values) > 1 else ""
+    return f"{fmean(values):.5f}{error}"
+
+
+def files(model: Path, options: argparse.Namespace, original: Path, scratch: Path) -> Iterator[tuple[str, str, Path]]:
     file = scratch / "model.gguf"
     for kind in options.kinds:
         quantize(original, file, kind)
         yield kind, "llama.cpp", file
         to = f"gguf-{kind.lower()}"
-        netsuke("convert", options.model, "--to", to, "--output", file)
+        netsuke("convert", model, "--to", to, "--output", file)
         yield kind, "range search", file
-        netsuke("convert", options.model, "--to", to, "--output", file, "--calibration", options.calibration)
+        netsuke("convert", model, "--to", to, "--output", file, "--calibration", options.calibration)
         yield kind, "fitted to a text", file
         if kind == "Q4_0":
             recipe = scratch / "gptq.yaml"
             recipe.write_text(RECIPE.format(calibration=options.calibration))
-            netsuke("run", recipe, "--model", options.model, "--output", scratch / "gptq")
+            netsuke("run", recipe, "--model", model, "--output", scratch / "gptq")
             netsuke("convert", scratch / "gptq", "--to", to, "--output", file)
             yield kind, "GPTQ, made up for earlier layers", file
 
