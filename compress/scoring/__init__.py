@@ -18,7 +18,7 @@ from compress.errors import NumericalError, RequestError, eval_package
 from compress.models.store import give_back, local_folder
 from compress.scoring.asked import Asked, read_asked
 from compress.scoring.cache import ScoreCache
-from compress.scoring.opened import Resident, context_of, is_gguf, opened, tokenizer_of, vocabulary_of
+from compress.scoring.opened import context_of, opened, resident, tokenizer_of, vocabulary_of
 
 Progress = Callable[[str, float, str], None]
 """Called with the phase, the share of the whole that is done (0…1), and a few words."""
@@ -59,11 +59,12 @@ def score(
     Measurements are kept in the folder `cache` and found there; None: they are not kept.
     """
     folders = [local_folder(name) for name in (model, baseline) if name]
-    _check(folders, texts, tasks, context, limit, new_tokens)
+    _check(texts, tasks, context, limit, new_tokens)
     asked = read_asked(
         tokenizer_of(*folders),
         context or min(map(context_of, folders)),
         limit,
+        vocabulary=min(map(vocabulary_of, folders)),
         texts=texts,
         tasks=tasks,
         new_tokens=new_tokens,
@@ -85,27 +86,18 @@ def score(
 
 
 def _check(
-    models: Sequence[Path],
     texts: Sequence[Path],
     tasks: Sequence[str],
     context: int | None,
     limit: int | None,
     new_tokens: int | None,
 ) -> None:
-    """Raises RequestError where the numbers make no sense, or nothing is asked, or something that a file cannot do."""
-    with eval_package():
-        from eval.retrieval import NAMES
+    """Raises RequestError where the numbers make no sense, or nothing is asked."""
     if not texts and not tasks and new_tokens is None:
         raise RequestError("nothing to score: give --text FILE, --tasks a,b or --generate N")
     for option, value, least in (("--context", context, 2), ("--limit", limit, 1), ("--generate", new_tokens, 1)):
         if value is not None and value < least:
             raise RequestError(f"{option} {value}: must be at least {least}")
-    files = [model for model in models if is_gguf(model)]
-    if files and (new_tokens is not None or {*tasks} - {*NAMES}):
-        raise RequestError(
-            f"{files[0]}: a GGUF file is scored on --text and --tasks {','.join(NAMES)}. Give a folder for other tasks "
-            "and to --generate"
-        )
 
 
 def _streamed(
@@ -160,7 +152,7 @@ def _resident(
         _say(progress, "write", 0.0, folder.name)
         return model.write(prompt, asked.new_tokens)
 
-    model = Resident(folder)
+    model = resident(folder)
     with _sentences():
         if asked.tasks:
             answers = run_tasks(

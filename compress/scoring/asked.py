@@ -39,19 +39,23 @@ def read_asked(
     context: int,
     limit: int | None,
     *,
+    vocabulary: int,
     texts: Sequence[Path],
     tasks: Sequence[str],
     new_tokens: int | None,
     prompts: Path | None,
 ) -> Asked:
-    """`prompts`: a file, each document of which is one. Raises RequestError and DataError where one cannot be used."""
+    """`vocabulary`: what the models have logits for. `prompts`: a file, each document of which is one.
+
+    Raises RequestError and DataError where something cannot be used.
+    """
     with eval_package():
         from eval.retrieval import NAMES, SAMPLES, draw
         from eval.tasks import TaskError, load_tasks
         from eval.texts import prepended_bos
     streams = read_streams(texts, tokenizer)
     special = {*tokenizer.all_special_ids}
-    ids = [token for token in range(len(tokenizer)) if token not in special]
+    ids = [token for token in range(min(len(tokenizer), vocabulary)) if token not in special]
     own = [task for task in tasks if task in NAMES]
     written = _prompts(tokenizer, streams, prompts, context, limit or PROMPTS, new_tokens)
     try:

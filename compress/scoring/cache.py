@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = (
-    "compress/core", "compress/models", "compress/checkpoint", "compress/runtime", "compress/scoring/opened.py",
-    "compress/errors.py", "eval", "quant_kernels",
+    "compress/core", "compress/models", "compress/checkpoint", "compress/runtime", "compress/scoring/gguf.py",
+    "compress/scoring/opened.py", "compress/errors.py", "eval", "quant_kernels",
 )  # fmt: skip
 """What stands between a model's files and an answer."""
-STANDS_ON = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "cyllama")
+STANDS_ON = ("torch", "transformers", "tokenizers", "datasets", "lm_eval", "llama_cpp_python", "cyllama")
 TOLD = {"report.json", "report.html", "recipe.yaml", "README.md"}
 """Files that say something of a model, and are not part of it."""
 

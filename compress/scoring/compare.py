@@ -16,7 +16,8 @@ from compress.models.headers import read_folder
 from compress.models.store import load_tokenizer, local_folder
 from compress.scoring import Progress, score
 from compress.scoring.front import measures
-from compress.scoring.opened import context_of, is_gguf, is_streamed, vocabulary_of
+from compress.scoring.gguf import is_gguf
+from compress.scoring.opened import context_of, is_streamed, vocabulary_of
 
 FAILURES = (NetsukeError, ImportError, OSError, RuntimeError, ValueError)
 """What the loader of one checkpoint, ours or another's, may raise."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from compress.checkpoint.weights import open_model
 from compress.errors import ModelError, eval_package
 from compress.models.headers import read_json
 from compress.models.store import LazyModel, load_tokenizer, read_config
+from compress.scoring.gguf import ResidentFile, file_tokenizer, is_gguf, llama_cpp
 
 
 def is_streamed(quantization: Mapping[str, Any]) -> bool:
@@ -34,30 +35,21 @@ def is_streamed(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_method") in {None, *READERS} and not foreign
 
 
-def is_gguf(model: Path) -> bool:
-    return model.suffix == ".gguf"
-
-
 def tokenizer_of(model: Path, baseline: Path | None = None) -> Any:
     """A folder's tokenizer; for a GGUF file that of the baseline or of the folder it lies in, or its own."""
-    if not is_gguf(model):
-        return load_tokenizer(model)
-    with eval_package():
-        from eval.llama_cpp import Tokenizer
-    beside = [folder for folder in (baseline, model.parent) if folder and (folder / "tokenizer.json").is_file()]
-    return load_tokenizer(beside[0]) if beside else Tokenizer(_llama_cpp(model))
+    return file_tokenizer(model, baseline) if is_gguf(model) else load_tokenizer(model)
 
 
 def context_of(model: Path) -> int:
     """The longest window to score by default."""
     with eval_package():
         from eval.evaluate import DEFAULT_CONTEXT, default_context
-    return min(DEFAULT_CONTEXT, _llama_cpp(model).context) if is_gguf(model) else default_context(read_config(model))
+    return min(DEFAULT_CONTEXT, llama_cpp(model).context) if is_gguf(model) else default_context(read_config(model))
 
 
 def vocabulary_of(model: Path) -> int:
     """The width of its logits."""
-    return _llama_cpp(model).vocabulary if is_gguf(model) else read_config(model).get_text_config().vocab_size
+    return llama_cpp(model).vocabulary if is_gguf(model) else read_config(model).get_text_config().vocab_size
 
 
 @contextmanager
@@ -67,7 +59,7 @@ def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Ten
     Where its keys and values are to be quantized, those of the first token are a prompt, and all others read the cache.
     """
     if is_gguf(folder):
-        yield _llama_cpp(folder)
+        yield llama_cpp(folder)
         return
     config = read_json(folder / "config.json")
     scheme = scheme_of(config)
@@ -81,6 +73,11 @@ def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Ten
     with eval_package():
         from eval.evaluate import logits_of
     yield logits_of(_loaded_by_transformers(folder))
+
+
+def resident(model: Path) -> Resident | ResidentFile:
+    """A model in memory, to be asked many short questions, or to write."""
+    return ResidentFile(model) if is_gguf(model) else Resident(model)
 
 
 class Resident:
@@ -121,23 +118,6 @@ class Resident:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
-
-
-def _llama_cpp(file: Path) -> Any:
-    """A file as it is now, opened once."""
-    if not file.is_file():
-        raise ModelError(f"{file}: there is no such file")
-    return _opened_file(file, file.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=2)
-def _opened_file(file: Path, _: int) -> Any:
-    with eval_package():
-        from eval.llama_cpp import LlamaCpp, LlamaCppError
-    try:
-        return LlamaCpp(file)
-    except LlamaCppError as error:
-        raise ModelError(str(error)) from error
 
 
 def _loaded_by_transformers(folder: Path) -> Any:

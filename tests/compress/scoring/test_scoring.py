@@ -191,7 +191,7 @@ def test_prompts_may_come_from_a_file(tiny: Path, tmp_path: Path, evaluated: Eva
 
 
 def test_a_gguf_file_is_scored_beside_the_folder_it_was_made_of(
-    tiny: Path, text: Path, tmp_path: Path, evaluated: Eval, capsys: pytest.CaptureFixture[str]
+    tiny: Path, text: Path, tmp_path: Path, evaluated: Eval
 ) -> None:
     pytest.importorskip("cyllama", reason="llama.cpp is not installed (pip install cyllama)")
     file = tmp_path / "model.gguf"
@@ -204,8 +204,18 @@ def test_a_gguf_file_is_scored_beside_the_folder_it_was_made_of(
     (alone,) = evaluated(file, "--text", text, "--limit", 2)["texts"]
     assert alone["perplexity"] == pytest.approx(beside["perplexity"])
     assert evaluated(file, "--text", text, "--limit", 2)["cache"]["windows"] == {"asked": 2, "found": 2}
-    assert main(["eval", str(file), "--generate", "4", "--text", str(text)]) == 2
-    assert "model.gguf: a GGUF file is scored on --text and --tasks recall,copy" in capsys.readouterr().err
+
+
+def test_a_gguf_file_answers_tasks_and_writes_as_the_folder_it_was_made_of(
+    tiny: Path, text: Path, pairs: Path, tmp_path: Path, evaluated: Eval
+) -> None:
+    pytest.importorskip("cyllama", reason="llama.cpp is not installed (pip install cyllama)")
+    file = tmp_path / "model.gguf"
+    assert main(["convert", str(tiny), "--to", "gguf-f32", "--output", str(file)]) == 0
+    told = evaluated(file, "--baseline", tiny, "--text", text, "--limit", 3, "--generate", 8, "--tasks", pairs)
+    assert told["tasks"]["pairs"]["flips"] == 0
+    assert told["tasks"]["pairs"]["acc"] == told["tasks"]["pairs"]["baseline_acc"]
+    assert told["generation"]["identical"] == 1
 
 
 @pytest.mark.parametrize(
