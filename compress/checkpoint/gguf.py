@@ -94,8 +94,7 @@ def export(
     kinds: dict[str, int] = {}
     for name, stored in names.items():
         layer, shape = name.removesuffix(".weight"), weights.shape(name)
-        inside = stored.startswith("blk.") and len(shape) == 2
-        found = type_for(kind, shape[-1]) if inside else None
+        found = _type_of(stored, shape, kind)
         if found is None:
             own = kind if kind in PLAIN else _dtype(weights, name)
             plain = own if own in PLAIN and len(shape) > 1 else "F32"
@@ -199,6 +198,19 @@ def _value(weights: Weights, name: str, architecture: str) -> Tensor:
 
 def _plain(weights: Weights, name: str, architecture: str, kind: str) -> Tensor:
     return _value(weights, name, architecture).to(PLAIN[kind][1])
+
+
+def all_held(weights: Weights, kind: str) -> bool:
+    """Whether every matrix of the blocks has its codes in this type already, so that none is quantized anew."""
+    architecture = architecture_of(weights.folder.config)
+    types = {name: _type_of(stored_name(name, architecture), weights.shape(name), kind) for name in _names(weights)}
+    return all(held(weights, name.removesuffix(".weight"), found) for name, found in types.items() if found)
+
+
+def _type_of(stored: str, shape: tuple[int, ...], kind: str) -> BlockType | None:
+    """The type of a tensor that is called so in the file; None: a plain one."""
+    inside = stored.startswith("blk.") and len(shape) == 2
+    return type_for(kind, shape[-1]) if inside else None
 
 
 def held(weights: Weights, layer: str, kind: BlockType) -> Blocks | None:

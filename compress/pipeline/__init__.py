@@ -95,7 +95,7 @@ def run(
     job.walk()
     job.finish()
     job.verify()
-    convert_also(job.plan.recipe, folder, manifest, tell)
+    convert_also(job.plan.recipe, folder, texts.windows.tokens if plan.calibrated else None, manifest, tell)
     report = reporting.finite(job.report())
     reporting.write(report, folder.partial)
     original = card.read(plan.original.path)

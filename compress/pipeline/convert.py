@@ -12,23 +12,25 @@ ONNX and OpenVINO hold the operations of the model as well (`compress.checkpoint
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress.checkpoint import FORMATS, Format, format_for, onnx_model
 from compress.checkpoint.folder import OutputFolder
-from compress.checkpoint.gguf import export, kind_named
+from compress.checkpoint.gguf import all_held, export, kind_named
 from compress.checkpoint.graphs import GRAPHS
 from compress.checkpoint.layouts import Entries
 from compress.checkpoint.manifest import Manifest
 from compress.checkpoint.weights import QuantizedWeights, open_weights
 from compress.errors import ModelError, NetsukeError, OutputError, RequestError
-from compress.models.headers import read_folder, read_json
+from compress.models.headers import Folder, read_folder, read_json
 from compress.models.selection import did_you_mean
 from compress.models.store import DTYPES, empty_module, load_tokenizer, local_folder
 from compress.pipeline.fitted import fit, fitted, text_windows
@@ -37,6 +39,8 @@ from compress.recipe import CheckpointOptions, Recipe
 from compress.report import card
 from compress.scoring import Progress
 
+Text = Callable[[Folder, Any], Int[Tensor, "windows length"]]
+"""From a model's folder and tokenizer to the windows that layers are fitted to."""
 WEIGHTS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.xml", "*.bin")
 
 
@@ -56,7 +60,8 @@ def convert(
     Raises RequestError before anything is written where the folder or the format cannot be that, with the reason.
     """
     if to.startswith("gguf-"):
-        return _gguf(source, to, Path(output), overwrite, calibration, progress or (lambda *_: None))
+        text = partial(text_windows, dataset=calibration) if calibration else None
+        return _gguf(source, to, Path(output), overwrite, text, progress or (lambda *_: None))
     if calibration:
         raise RequestError(f"--calibration {calibration}: {to} takes the codes as they are. Leave it out")
     if to not in FORMATS and to not in GRAPHS:
@@ -106,9 +111,16 @@ def convert(
     }
 
 
-def convert_also(recipe: Recipe, folder: OutputFolder, manifest: Manifest, tell: Progress) -> None:
+def convert_also(
+    recipe: Recipe,
+    folder: OutputFolder,
+    windows: Int[Tensor, "windows length"] | None,
+    manifest: Manifest,
+    tell: Progress,
+) -> None:
     """Convert a finished folder, before it appears, to the further formats of its recipe; the manifest has the results.
 
+    `windows`: of the text that the run was calibrated on, if it was, which layers that GGUF has anew are fitted to.
     What an interrupted run has left is made again. A format that cannot be written after all costs the others nothing.
     """
     done = manifest.facts.setdefault("exports", {})
@@ -119,7 +131,11 @@ def convert_also(recipe: Recipe, folder: OutputFolder, manifest: Manifest, tell:
         tell("convert", index / len(recipe.checkpoint.also), f"to {name}")
         told: dict[str, Any] = {"format": name, "output": str(place)}
         try:
-            found = convert(folder.partial, name, place, overwrite=True)
+            if name.startswith("gguf-"):
+                text = None if windows is None else (lambda *_: windows)
+                found = _gguf(folder.partial, name, place, True, text, tell)
+            else:
+                found = convert(folder.partial, name, place, overwrite=True)
             told |= {"bytes": found["bytes_after"], "exact": found.get("exact", found["layers"])}
             told |= {"requantized": found.get("requantized", 0)}
         except NetsukeError as error:
@@ -129,9 +145,17 @@ def convert_also(recipe: Recipe, folder: OutputFolder, manifest: Manifest, tell:
 
 
 def _gguf(
-    source: str | Path, to: str, output: Path, overwrite: bool, calibration: str | None, tell: Progress
+    source: str | Path,
+    to: str,
+    output: Path,
+    overwrite: bool,
+    text: Text | None,
+    tell: Progress,
 ) -> dict[str, Any]:
-    """A folder, quantized or not, as one file for llama.cpp. `output`: the file, or a folder for `model.gguf`."""
+    """A folder, quantized or not, as one file for llama.cpp. `output`: the file, or a folder for `model.gguf`.
+
+    `text` reads what layers are fitted to.
+    """
     try:
         kind = kind_named(to)
     except ValueError as error:
@@ -144,10 +168,12 @@ def _gguf(
     if file.exists() and not overwrite:
         raise OutputError(f"{file}: exists already. Choose another --output, or give --overwrite")
     tokenizer = load_tokenizer(path)
-    windows = text_windows(weights.folder, calibration, tokenizer) if calibration else None
+    windows = text(weights.folder, tokenizer) if text else None
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch:
-        files = {} if windows is None else fit(path, kind, windows, Path(scratch), tell)
+        files: Mapping[str, Path] = {}
+        if windows is not None and not all_held(weights, kind):
+            files = fit(path, kind, windows, Path(scratch), tell)
         written = export(weights, kind, tokenizer, file, lambda layer, found: fitted(files, layer, found), tell)
     return {
         "model": str(source),

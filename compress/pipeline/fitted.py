@@ -31,7 +31,7 @@ CALIBRATION = Calibration(samples=128, sequence_length=512)
 PARTS = ("codes", "scale", "shift", "scales", "mins")
 
 
-def text_windows(folder: Folder, dataset: str, tokenizer: Any) -> Int[Tensor, "windows length"]:
+def text_windows(folder: Folder, tokenizer: Any, dataset: str) -> Int[Tensor, "windows length"]:
     """What of a text layers are fitted to. Raises DataError where it is missing or too short."""
     options = CALIBRATION
     length = min(options.sequence_length, context_length(folder.config))

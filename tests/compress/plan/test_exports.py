@@ -131,6 +131,26 @@ def test_the_report_says_what_was_written_and_what_was_quantized_anew(written: t
     assert any(line.startswith("small.q4_k.gguf: gguf-q4_k, ") and "21 layers quantized anew" in line for line in told)
 
 
+def test_a_run_fits_what_gguf_has_anew_to_its_own_calibration_text(tiny: Path, text: Path, tmp_path: Path) -> None:
+    asked = parse(
+        f"calibration: {{dataset: {text}, samples: 128, sequence_length: 64}}\n"
+        "stages: [gptq: {scheme: w4a16, group_size: 32, ignore: [lm_head]}]\n"
+        "evaluation: {samples: 1}\ncheckpoint: {also: [gguf-q4_0, gguf-q4_1]}",
+        "x.yaml",
+    )
+    report = compress.run(asked, model=str(tiny), output=tmp_path / "small")
+    assert [(each["format"], each["exact"], each["requantized"]) for each in report["exports"]] == [
+        ("gguf-q4_0", 21, 0),
+        ("gguf-q4_1", 0, 21),
+    ]
+    fitted, alone = tmp_path / "fitted.gguf", tmp_path / "alone.gguf"
+    converting.convert(tmp_path / "small", "gguf-q4_1", fitted, calibration=str(text))
+    converting.convert(tmp_path / "small", "gguf-q4_1", alone)
+    found, like, unlike = (load_gguf(file) for file in (tmp_path / "small.q4_1.gguf", fitted, alone))
+    assert all(torch.equal(found[name], tensor) for name, tensor in like.items())
+    assert not all(torch.equal(found[name], tensor) for name, tensor in unlike.items())
+
+
 def test_each_folder_has_a_card_of_its_own(written: tuple[Path, dict[str, Any]]) -> None:
     output, _ = written
     assert "- compressed-tensors" in (output / "README.md").read_text()
