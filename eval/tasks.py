@@ -13,11 +13,13 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partialmethod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
+from tqdm import tqdm
 
 from eval.answers import Answers
 from eval.journal import Journal, digest
@@ -149,7 +151,8 @@ def _read(file: Path, manager: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval prints on stdout, warns of what cannot be changed here, and forks to draw a thousand samples.
+    """lm-eval prints on stdout, warns of what cannot be changed here, and forks to draw a thousand samples; it shows a
+    bar for each task and each of its files, where ours counts answers.
 
     Some of its tasks shuffle choices with Python's own generator, which it seeds.
     """
@@ -158,10 +161,13 @@ def _quiet() -> Iterator[None]:
     log.setLevel(logging.ERROR)
     random.seed(0)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    bars = tqdm.__init__
+    tqdm.__init__ = partialmethod(bars, disable=True)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        tqdm.__init__ = bars
         log.setLevel(level)
         random.setstate(state)
 

@@ -43,7 +43,7 @@ SIBLINGS_ALLOWED = {("runtime", "checkpoint"): "loading a checkpoint needs the c
 KERNEL_USERS = ("checkpoint", "runtime", "doctor")
 EVAL_USERS = ("calibrate", "scoring", "pipeline", "cli")
 LEAF_IMPORTS = {
-    "eval": {"cyllama", "jaxtyping", "jinja2", "llama_cpp", "lm_eval", "pyarrow", "torch", "transformers"},
+    "eval": {"cyllama", "jaxtyping", "jinja2", "llama_cpp", "lm_eval", "pyarrow", "torch", "tqdm", "transformers"},
     "quant_kernels": {"jaxtyping", "torch", "triton"},
 }
 SHAPELESS_NAMES = ("base", "common", "helpers", "misc", "utils")
