@@ -12,7 +12,7 @@ Format: https://huggingface.co/docs/hub/model-cards, as of 2026.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,7 +21,7 @@ import yaml
 from compress.draft import Dumper
 from compress.errors import writing
 from compress.plan.target import READS
-from compress.report.words import Report, alarms, layers, model_name, texts, verified
+from compress.report.words import SCORES, Report, alarms, layers, model_name, texts, verified
 from compress.tables import size
 
 NAME = "README.md"
@@ -39,16 +39,6 @@ GRAPHS = {
     "openvino": ("openvino", 'model = openvino.Core().compile_model("FOLDER/openvino_model.xml")'),
 }
 """Format that transformers does not load → library, and what opens it."""
-COLUMNS = {
-    "tokens": ("tokens", "{:,}"),
-    "context": ("window", "{:,}"),
-    "baseline_perplexity": ("original's perplexity", "{:.3f}"),
-    "perplexity": ("perplexity", "{:.3f}"),
-    "perplexity_ratio": ("ratio", "{:.4f}"),
-    "kl_divergence": ("KL divergence", "{:.5f}"),
-    "top1_agreement": ("same top token", "{:.1%}"),
-}
-"""What is shown of a text's scores."""
 SCHEME = re.compile(r"(?:w|nf|(?:nv|mx)?fp)(\d).*")
 """The name of a grid, as of w4a16, fp8 or nf4, and its bits; what pruning did is called otherwise."""
 
@@ -118,8 +108,11 @@ def _scores(report: Report, export: Report | None) -> Iterator[str]:
     if export and export.get("requantized"):
         yield "## Scores\n\nNot scored in this format."
     elif found:
-        names = ["text", *(name for name, _ in COLUMNS.values())]
-        rows = [[_code(text["name"]), *(_number(text.get(key), COLUMNS[key][1]) for key in COLUMNS)] for text in found]
+        names = ["text", *(name for name, _ in SCORES.values())]
+        rows = [
+            [_code(text["name"]), *(_number(text.get(key), form) for key, (_, form) in SCORES.items())]
+            for text in found
+        ]
         told = "Read back from disk and compared with the original on the same tokens, in float32."
         yield f"## Scores\n\n{told}\n\n{_table(names, rows)}"
     elif reason:
@@ -211,5 +204,5 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [columns, rule, *rows])
 
 
-def _number(value: float | None, how: str) -> str:
-    return "" if value is None else how.format(value)
+def _number(value: float | None, form: Callable[[float], str]) -> str:
+    return "" if value is None else form(value)

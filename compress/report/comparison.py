@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from compress.report.page import Html, note, notices, number, page, section, table
 from compress.report.samples import samples
 from compress.report.scatter import Dot, scatter
-from compress.report.scores import SCORES, cells, tasks
-from compress.report.words import Report, digits, finite, model_name, names_of, shared_beginning
+from compress.report.scores import cells, tasks
+from compress.report.words import SCORES, Report, digits, finite, model_name, names_of, shared_beginning
 from compress.scoring.front import Measure, measures
 from compress.tables import size
 

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from compress.report.intervals import Interval, intervals
 from compress.report.page import Html, Number, fold, heading, join, note, number, section, table
 from compress.report.samples import samples
-from compress.report.words import Report, digits, model_name
+from compress.report.words import SCORES, Report, model_name
 from compress.scoring.tasks import Metric, metrics_of
 
-SCORES: dict[str, tuple[str, str | Callable[[float], str], str]] = {
-    "tokens": ("tokens", "{:,}", ""),
-    "context": ("window", "{:,}", ""),
-    "baseline_perplexity": ("original", "{:.3f}", ""),
-    "perplexity": ("perplexity", "{:.3f}", ""),
-    "perplexity_ratio": ("ratio", "{:.4f}", "perplexity_ratio_standard_error"),
-    "kl_divergence": ("KL divergence", digits, "kl_standard_error"),
-    "top1_agreement": ("same top token", "{:.1%}", ""),
-}
-"""What is shown of a text's scores: the column's name, how a number is written, the key of its standard error."""
+ERRORS = {"perplexity_ratio": "perplexity_ratio_standard_error", "kl_divergence": "kl_standard_error"}
+"""A score of a text → its standard error."""
 MANY = 4
 """Charts of more tasks than these are folded away."""
 LONG = 24
@@ -35,7 +27,7 @@ def scores(scored: Report | None, reason: str | None = None) -> list[Html]:
     return [
         section(
             "Scores",
-            table(["text", *(name for name, _, _ in SCORES.values())], rows),
+            table(["text", *(name for name, _ in SCORES.values())], rows),
             note("After ±: one standard error, windows taken as the samples." if known else ""),
         ),
         section("Tasks", *tasks({"": scored.get("tasks") or {}})),
@@ -45,7 +37,7 @@ def scores(scored: Report | None, reason: str | None = None) -> list[Html]:
 
 def cells(text: Report, keys: Iterable[str]) -> list[Number]:
     """Some of a text's scores, with the standard errors that are known."""
-    return [number(text.get(key), SCORES[key][1], text.get(SCORES[key][2])) for key in keys]
+    return [number(text.get(key), SCORES[key][1], text.get(ERRORS.get(key, ""))) for key in keys]
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,18 @@ def digits(value: float, significant: int = 3) -> str:
     rounded = float(f"{value:.{significant - 1}e}")
     places = significant - 1 - math.floor(math.log10(abs(rounded))) if rounded else 0
     return f"{value:,.{max(places, 0)}f}"
+
+
+SCORES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "tokens": ("tokens", "{:,}".format),
+    "context": ("window", "{:,}".format),
+    "baseline_perplexity": ("original's perplexity", "{:.3f}".format),
+    "perplexity": ("perplexity", "{:.3f}".format),
+    "perplexity_ratio": ("ratio", "{:.4f}".format),
+    "kl_divergence": ("KL divergence", digits),
+    "top1_agreement": ("same top token", "{:.1%}".format),
+}
+"""What tables show of a text's scores: a column's name, and how its numbers are written."""
 
 
 def percent(share: float | None) -> str:
