@@ -7,7 +7,7 @@ to use buffers of repacked weights, which crash on some processors.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,9 +31,13 @@ class LlamaCppError(ValueError):
 class Binding(Protocol):
     """A file, opened. Raises ImportError where the package is missing, and LlamaCppError."""
 
+    package: str
+    """What it is installed as."""
     vocabulary: int
     context: int
     """Tokens that the model was made for."""
+
+    def __init__(self, file: Path) -> None: ...
 
     def decoder(self, length: int) -> AbstractContextManager[Decode]:
         """Room for so many tokens, empty. Raises ScoreError, as decoding does, where llama.cpp fails."""
@@ -53,6 +57,8 @@ def _settle(settings: Any, length: int) -> Any:
 
 class LlamaCppPython:
     """Through llama-cpp-python's ctypes."""
+
+    package = "llama-cpp-python"
 
     def __init__(self, file: Path) -> None:
         import llama_cpp
@@ -110,6 +116,8 @@ class LlamaCppPython:
 class Cyllama:
     """Through cyllama, which gives logits a token at a time."""
 
+    package = "cyllama"
+
     def __init__(self, file: Path) -> None:
         from cyllama.llama import llama_cpp
 
@@ -157,5 +165,5 @@ class Cyllama:
             context.close()
 
 
-BINDINGS: Mapping[str, Callable[[Path], Binding]] = {"llama-cpp-python": LlamaCppPython, "cyllama": Cyllama}
-"""Package → the file, opened by it; the first that is installed is used."""
+BINDINGS: Sequence[type[Binding]] = (LlamaCppPython, Cyllama)
+"""The first that is installed is used."""

@@ -6,6 +6,7 @@ Keys and values are kept in float32, since how a cache is kept is no property of
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ class LlamaCpp:
 
     def __init__(self, file: Path) -> None:
         self.binding = _opened(file)
+        self.runs_on = f"{self.binding.package} {version(self.binding.package)}"
         self.vocabulary = self.binding.vocabulary
         self.context = self.binding.context
         """Tokens that the model was made for."""
@@ -46,10 +48,10 @@ class LlamaCpp:
 
 def _opened(file: Path) -> Binding:
     missing = []
-    for binding in BINDINGS.values():
+    for binding in BINDINGS:
         try:
             return binding(file)
         except ImportError as error:
             missing.append(str(error))
-    told, packages = "; ".join(missing), " or ".join(BINDINGS)
+    told, packages = "; ".join(missing), " or ".join(binding.package for binding in BINDINGS)
     raise LlamaCppError(f"{file}: GGUF files run on llama.cpp ({told}); pip install {packages}")

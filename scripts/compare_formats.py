@@ -196,11 +196,11 @@ def description(folder: Path, tokens: np.ndarray) -> tuple[str, np.ndarray]:
 
 def by_llama_cpp(folder: Path, tokens: np.ndarray) -> tuple[str, np.ndarray]:
     import torch
-    from llama_cpp_files import VERSION
 
     from eval.llama_cpp import LlamaCpp
 
-    return VERSION, LlamaCpp(folder / "model.gguf")(torch.from_numpy(tokens)).numpy()
+    model = LlamaCpp(folder / "model.gguf")
+    return model.runs_on, model(torch.from_numpy(tokens)).numpy()
 
 
 def by_llama_cpp_decoded(folder: Path, tokens: np.ndarray) -> tuple[str, np.ndarray]:

@@ -59,13 +59,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             original = Path(scratch) / "original.gguf"
             netsuke("convert", model, "--to", "gguf-f32", "--output", original)
-            baseline = once(LlamaCpp(original))
+            baseline = LlamaCpp(original)
+            remembered = once(baseline)
             for kind, maker, file in files(model, options, original, Path(scratch)):
                 scores = score_texts(
                     LlamaCpp(file),
                     tokenizer,
                     options.test,
-                    baseline=baseline,
+                    baseline=remembered,
                     context=512,
                     limit=options.samples,
                 )
@@ -77,7 +78,7 @@ def main() -> None:
                 losses.setdefault((kind, maker), []).append(loss)
                 sizes[kind, maker] = file.stat().st_size / 1e6
                 file.unlink()
-    print(f"{VERSION}, {len(options.models)} models\n{HEADER}")
+    print(f"Quantized by {VERSION}, run by {baseline.runs_on}, {len(options.models)} models\n{HEADER}")
     for (kind, maker), found in losses.items():
         ratios, divergences = zip(*found, strict=True)
         over = [
