@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("pipeline",),
     ("",),
-    ("demo", "doctor"),
+    ("arguments", "demo", "doctor"),
     ("cli",),
 )
 EVERYWHERE = "errors"
