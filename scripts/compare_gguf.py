@@ -3,10 +3,10 @@
 
     scripts/compare_gguf.py --models DIR... --calibration FILE --test FILE... [--kinds Q4_K Q6_K Q4_0] [--samples N]
 
-Of each type there are three files of the same size: llama.cpp's without an importance matrix, ours from the weights
-alone, and ours fitted to the calibration text. Q4_0 has a fourth, the codes of a GPTQ run as they are. All are
-quantized from the same float32 file and keep in float32 what is outside the blocks. Losses are against llama.cpp's own
-float32 logits, over windows of 512 tokens of all texts together.
+Of each type there are four files of the same size: llama.cpp's without an importance matrix, ours from the weights
+alone, ours fitted to a text that the first model writes itself, and ours fitted to the calibration text. Q4_0 has a
+fifth, the codes of a GPTQ run as they are. All are quantized from the same float32 file and keep in float32 what is
+outside the blocks. Losses are against llama.cpp's own float32 logits, over windows of 512 tokens of all texts together.
 
 What rounding does to a perplexity is for the most part chance, the same in every window: give several models that
 compute the same in another order (`equal_llama.py --shuffle`), and all numbers are means over them, with the standard
@@ -54,11 +54,13 @@ def main() -> None:
     options = parser.parse_args()
     sizes: dict[tuple[str, str], float] = {}
     losses: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for model in options.models:
-        tokenizer = load_tokenizer(model)
-        with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
+        options.own = Path(scratch) / "own.jsonl"
+        netsuke("write", options.models[0], "--output", options.own)
+        for model in options.models:
+            tokenizer = load_tokenizer(model)
             original = Path(scratch) / "original.gguf"
-            netsuke("convert", model, "--to", "gguf-f32", "--output", original)
+            netsuke("convert", model, "--to", "gguf-f32", "--output", original, "--overwrite")
             baseline = LlamaCpp(original)
             remembered = once(baseline)
             for kind, maker, file in files(model, options, original, Path(scratch)):
@@ -116,12 +118,13 @@ def files(model: Path, options: argparse.Namespace, original: Path, scratch: Pat
         to = f"gguf-{kind.lower()}"
         netsuke("convert", model, "--to", to, "--output", file)
         yield kind, "range search", file
-        netsuke("convert", model, "--to", to, "--output", file, "--calibration", options.calibration)
-        yield kind, "fitted to a text", file
+        for text, said in ((options.own, "its own text"), (options.calibration, "a text")):
+            netsuke("convert", model, "--to", to, "--output", file, "--calibration", text)
+            yield kind, f"fitted to {said}", file
         if kind == "Q4_0":
             recipe = scratch / "gptq.yaml"
             recipe.write_text(RECIPE.format(calibration=options.calibration))
-            netsuke("run", recipe, "--model", model, "--output", scratch / "gptq")
+            netsuke("run", recipe, "--model", model, "--output", scratch / "gptq", "--overwrite")
             netsuke("convert", scratch / "gptq", "--to", to, "--output", file)
             yield kind, "GPTQ, made up for earlier layers", file
 
