@@ -6,13 +6,13 @@ Keys and values are kept in float32, since how a cache is kept is no property of
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from eval.llama_bindings import BINDINGS, Binding, LlamaCppError
+from eval.llama_bindings import BINDINGS, Binding, LlamaCppError, UnusableError
 
 
 class LlamaCpp:
@@ -20,7 +20,7 @@ class LlamaCpp:
 
     def __init__(self, file: Path) -> None:
         self.binding = _opened(file)
-        self.runs_on = f"{self.binding.package} {version(self.binding.package)}"
+        self.runs_on = self.binding.version
         self.vocabulary = self.binding.vocabulary
         self.context = self.binding.context
         """Tokens that the model was made for."""
@@ -32,26 +32,28 @@ class LlamaCpp:
                 logits[row] = decode(ids)
         return logits
 
-    def write(self, prompt: list[int], new_tokens: int) -> list[int]:
-        """The tokens that follow by greedy search, up to an end-of-text token, itself included, or so many."""
+    def write(
+        self, prompt: list[int], new_tokens: int, stop: Callable[[list[int]], bool] = lambda _: False
+    ) -> list[int]:
+        """The tokens that follow by greedy search: so many, or up to an end-of-text token, itself included, or until
+        `stop` says of those written so far that they are enough."""
         written: list[int] = []
         with self.binding.decoder(len(prompt) + new_tokens) as decode:
-            logits = decode(prompt)
+            latest = prompt
             while len(written) < new_tokens:
-                written.append(int(logits[-1].argmax()))
-                if self.binding.ends(written[-1]):
+                written.append(int(decode(latest, last_only=True).argmax()))
+                if self.binding.ends(written[-1]) or stop(written):
                     break
-                if len(written) < new_tokens:
-                    logits = decode(written[-1:])
+                latest = written[-1:]
         return written
 
 
 def _opened(file: Path) -> Binding:
-    missing = []
+    unusable = []
     for binding in BINDINGS:
         try:
             return binding(file)
-        except ImportError as error:
-            missing.append(str(error))
-    told, packages = "; ".join(missing), " or ".join(binding.package for binding in BINDINGS)
+        except UnusableError as error:
+            unusable.append(f"{binding.package}: {error}")
+    told, packages = "; ".join(unusable), " or ".join(binding.package for binding in BINDINGS)
     raise LlamaCppError(f"{file}: GGUF files run on llama.cpp ({told}); pip install {packages}")

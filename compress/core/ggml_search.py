@@ -45,21 +45,32 @@ PerWeight = Float[Tensor, "rows *parts size"]
 def blocks(
     weight: Float[Tensor, "rows columns"], kind: BlockType, importance: Float[Tensor, " columns"] | None = None
 ) -> Blocks:
-    """The matrix in this type. Raises NumericalError where a weight is not finite or no float16 scale holds it."""
-    if not weight.isfinite().all():
-        raise NumericalError(f"{int((~weight.isfinite()).sum())} of {weight.numel()} weights are NaN or infinite")
+    """The matrix in this type.
+
+    Raises NumericalError where a weight or an importance is not finite, or float16 holds no scale for the weights.
+    """
+    for name, values in (("weights", weight), ("importances", importance)):
+        if values is not None and not values.isfinite().all():
+            raise NumericalError(f"{int((~values.isfinite()).sum())} of {values.numel()} {name} are NaN or infinite")
     shape = (-1, kind.part) if kind.size == kind.part else (-1, kind.size // kind.part, kind.part)
-    energy = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
-    mass = energy.clamp(min=float(energy.mean()) * 1e-6).view(1, *shape)
+    mass = _mass(weight, importance).view(1, *shape)
     search = _simple if kind.size == kind.part else _nested
     slices = [
         search(_Parts(kind, rows.float().unflatten(1, shape), mass))
         for rows in weight.split(max(1, SLICE // weight.shape[1]))
     ]
     found = Blocks.stacked(slices)
-    if not found.scale.isfinite().all():
+    if not all(numbers is None or numbers.isfinite().all() for numbers in (found.scale, found.shift)):
         raise NumericalError(f"weights up to {weight.abs().max().item():g} have no {kind.name} scale in float16")
     return found
+
+
+def _mass(weight: Tensor, importance: Float[Tensor, " columns"] | None) -> Float[Tensor, " columns"]:
+    """What an error in each column counts, 1 in the mean: never nothing, and all alike where no input ever came."""
+    if importance is None or not importance.any():
+        return torch.ones(weight.shape[1], device=weight.device)
+    energy = importance.double()
+    return (energy / energy.mean()).clamp(min=1e-6).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +119,20 @@ class _Parts:
 
 
 def _simple(parts: _Parts) -> Blocks:
-    step, low = _searched(parts)
-    step, shift = step.half(), (-low).half()
-    codes = parts.codes(step.float(), -shift.float())
+    step, low = (value.half().float() for value in _searched(parts))
+    codes = parts.codes(step, low)
+    nothing = _nothing(step, low)
+    stored = step, low, codes, parts.error(codes, step, low)
+    step, low, codes, _ = _better(stored, (nothing, nothing, torch.zeros_like(codes), parts.sums[-1]))
     bottom, _ = levels(parts.kind)
-    return Blocks(parts.kind, (codes - bottom).to(torch.uint8), step, shift if parts.kind.offset else None)
+    shift = (-low).half() if parts.kind.offset else None
+    return Blocks(parts.kind, (codes - bottom).to(torch.uint8), step.half(), shift)
+
+
+def _nothing(*scales: Tensor) -> Tensor:
+    """Scales of zeros, as which the tiniest weights are nearer to themselves; infinite where float16 holds none, so
+    that the largest do not become zeros too."""
+    return torch.where(torch.stack([scale.isfinite() for scale in scales]).all(0), 0.0, torch.inf)
 
 
 def _searched(parts: _Parts) -> tuple[PerPart, PerPart]:
@@ -158,12 +178,12 @@ def _nested(parts: _Parts) -> Blocks:
     bottom, _ = levels(kind)
     step, low = _searched(parts)
     d, e = _largest(step, kind), _largest(low, kind)
-    best: tuple[Tensor, ...] | None = None
+    nothing, none = _nothing(d, e).squeeze(-1), torch.zeros_like(step)
+    best: tuple[Tensor, ...] = nothing, nothing, none, none, torch.zeros_like(parts.weights), parts.sums[-1].sum(-1)
     for _ in range(ROUNDS):
         s, n, codes, error = _integers(parts, step / nonzero(d), low / nonzero(e), d, e)
         best = _better((d.squeeze(-1), e.squeeze(-1), s, n, codes, error.sum(-1)), best)
         d, e = _of_blocks(parts, codes, s, n, d, e)
-    assert best is not None, "there is a round"
     d, e, s, n, codes = (each.flatten(1, 2) if each.dim() > 2 else each for each in best[:-1])
     return Blocks(
         kind,

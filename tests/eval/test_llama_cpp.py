@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -50,6 +52,15 @@ def test_without_any_of_them_the_error_says_how_to_install_one(file: Path, witho
         LlamaCpp(file)
 
 
+def test_a_package_that_does_not_work_is_passed_by(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cyllama", reason="cyllama is not installed")
+    monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
+    assert LlamaCpp(file).runs_on.startswith("cyllama ")
+    monkeypatch.setitem(sys.modules, "cyllama", None)
+    with pytest.raises(LlamaCppError, match=r"\(llama-cpp-python: .*no attribute.*; cyllama: .*\); pip install"):
+        LlamaCpp(file)
+
+
 @pytest.mark.parametrize("length", [1, 2, 64])
 def test_its_logits_are_those_of_the_folder(model: LlamaCpp, tiny: Path, length: int) -> None:
     tokens = torch.randint(2, 258, (3, length), generator=torch.Generator().manual_seed(length))
@@ -71,6 +82,7 @@ def test_it_writes_what_the_folder_writes(model: LlamaCpp, tiny: Path) -> None:
     assert len(expected) == 24
     assert model.write(prompt, 24) == expected
     assert model.write(prompt, 1) == expected[:1]
+    assert model.write(prompt, 24, stop=lambda written: len(written) == 5) == expected[:5]
 
 
 def test_it_ends_where_the_text_ends(model: LlamaCpp, tiny: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,7 +60,13 @@ def test_ends_that_move_by_themselves_lose_less(monkeypatch: pytest.MonkeyPatch,
     """Than ranges that shrink as one."""
     dense = weight(32)
     free = (blocks(dense, TYPES[name]).dequantize() - dense).square().sum()
-    monkeypatch.setattr(ggml_search, "product", lambda *_: [(share, share) for share in ggml_search.SHARES])
+
+    def as_one(parts: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        lowest, highest = parts.weights.amin(-1).clamp(max=0), parts.weights.amax(-1).clamp(min=0)
+        for share in ggml_search.SHARES:
+            yield (highest - lowest) * share / 15, -lowest * share
+
+    monkeypatch.setattr(ggml_search, "_candidates", as_one)
     assert free < gain * (blocks(dense, TYPES[name]).dequantize() - dense).square().sum()
 
 
@@ -83,8 +92,29 @@ def test_parts_of_one_number_keep_it(kind: BlockType, value: float) -> None:
     torch.testing.assert_close(blocks(dense, kind).dequantize(), dense, rtol=2e-3, atol=0.0)
 
 
-def test_what_is_no_number_or_has_no_scale_is_refused() -> None:
-    with pytest.raises(NumericalError, match="NaN or infinite"):
-        blocks(torch.full((1, 256), torch.nan), TYPES["Q4_K"])
-    with pytest.raises(NumericalError, match="no Q4_0 scale in float16"):
-        blocks(torch.full((1, 256), 1e9), TYPES["Q4_0"])
+@KINDS
+@pytest.mark.parametrize("size", [1e-8, 1e-6, 1e-4, 1.0, 1e3])
+def test_weights_of_any_size_lose_no_more_than_zeros_would(kind: BlockType, size: float) -> None:
+    dense = weight() * size
+    assert (blocks(dense, kind).dequantize() - dense).norm() <= dense.norm()
+
+
+@KINDS
+@pytest.mark.parametrize("importance", [torch.zeros(512), torch.full((512,), 1e38), torch.full((512,), 1e-38)])
+def test_importance_of_any_size_weighs_as_none_where_it_is_all_alike(kind: BlockType, importance: Tensor) -> None:
+    assert torch.equal(blocks(weight(), kind, importance).dequantize(), blocks(weight(), kind).dequantize())
+
+
+@KINDS
+def test_what_is_no_number_or_has_no_scale_is_refused(kind: BlockType) -> None:
+    with pytest.raises(NumericalError, match="256 of 256 weights are NaN or infinite"):
+        blocks(torch.full((1, 256), torch.nan), kind)
+    with pytest.raises(NumericalError, match="1 of 512 importances are NaN or infinite"):
+        blocks(weight(), kind, torch.ones(512).index_fill(0, torch.tensor(3), torch.inf))
+    for size in (1e5, 3e5, 5e6, 2e7, 1e9):
+        try:
+            assert blocks(weight() * size, kind).dequantize().isfinite().all()
+        except NumericalError as error:
+            assert f"have no {kind.name} scale in float16" in str(error)  # noqa: PT017
+    with pytest.raises(NumericalError, match=f"no {kind.name} scale in float16"):
+        blocks(weight() * 1e12, kind)
