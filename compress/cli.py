@@ -120,6 +120,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    from compress.core.ggml import types_said
     from compress.pipeline.convert import convert
     from compress.progress import Bar
     from compress.tables import size
@@ -129,10 +130,10 @@ def _convert(arguments: argparse.Namespace) -> int:
         found = convert(arguments.folder, arguments.to, arguments.output, **options, progress=bar.show)
     told = f"{size(found['bytes_before'])} → {size(found['bytes_after'])}"
     lines = [("output", found["output"]), ("format", found["format"]), ("size", told)]
-    if "exact" in found:
-        lines.append(
-            ("layers", f"{found['exact']} with their codes as they were, {found['requantized']} quantized anew")
-        )
+    if found.get("types"):
+        how = " by GPTQ" if found["fitted"] else ""
+        lines.append(("layers", f"{found['exact']} with codes as they were, {found['requantized']} quantized{how}"))
+        lines.append(("", types_said(found["types"])))
     _print(arguments, found, lines)
     return 0
 

@@ -40,7 +40,7 @@ def shuffled(tensors: Mapping[str, Tensor], config: Mapping[str, Any], seed: int
         return torch.randperm(size, generator=generator)
 
     groups, repeats = config["num_key_value_heads"], config["num_attention_heads"] // config["num_key_value_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    size = head_size(config)
     stream = order(config["hidden_size"])
     inner = [order(config["intermediate_size"]) for _ in range(config["num_hidden_layers"])]
     values = [torch.stack([order(size) for _ in range(groups)]) for _ in range(config["num_hidden_layers"])]
@@ -66,7 +66,7 @@ def shuffled(tensors: Mapping[str, Tensor], config: Mapping[str, Any], seed: int
 def padded(name: str, weight: Tensor, config: Mapping[str, Any], hidden: int, heads: int) -> Tensor:
     """A tensor of the wider model."""
     narrow, groups = config["hidden_size"], config["num_key_value_heads"]
-    size = narrow // config["num_attention_heads"]
+    size = head_size(config)
     module = name.removesuffix(".weight").rpartition(".")[2]
     if weight.dim() == 1:
         return wider(weight * (narrow / hidden) ** 0.5, 0, hidden)
@@ -77,6 +77,10 @@ def padded(name: str, weight: Tensor, config: Mapping[str, Any], hidden: int, he
         columns = wider(weight.view(narrow, groups, -1, size), 2, heads // groups)
         return wider(columns.flatten(1), 0, hidden)
     return wider(weight, 0 if module == "down_proj" else 1, hidden)
+
+
+def head_size(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def wider(weight: Tensor, axis: int, size: int) -> Tensor:
@@ -95,9 +99,13 @@ def main() -> None:
     weights = Weights(read_folder(options.model))
     config = weights.folder.config
     narrow, groups = config["hidden_size"], config["num_key_value_heads"]
-    size = narrow // config["num_attention_heads"]
+    size = head_size(config)
     hidden = options.hidden or narrow
     heads = hidden // size
+    if narrow != size * config["num_attention_heads"] or any(name.endswith(".bias") for name in weights.tensors):
+        raise SystemExit(
+            "error: a Llama with biases, or whose heads are not as wide together as its stream, stays as it is"
+        )
     if config["model_type"] != "llama" or hidden < narrow or hidden % size or heads % groups:
         raise SystemExit(
             f"error: --hidden {hidden}: must be {narrow} or more, of heads of {size} in {groups} groups, "

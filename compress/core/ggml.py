@@ -26,7 +26,7 @@ Layouts: https://github.com/ggml-org/ggml (ggml-quants), as `formats` there has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -34,6 +34,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from compress.core.qtensor import QuantizedTensor
+from compress.core.scheme import Grid
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ def type_for(name: str, columns: int) -> BlockType | None:
         if found in TYPES and columns % TYPES[found].size == 0:
             return TYPES[found]
     return None
+
+
+def types_said(counts: Mapping[str, int]) -> str:
+    """How many layers have which type."""
+    return ", ".join(f"{count} as {name}" for name, count in counts.items())
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,23 +135,29 @@ EXACT = {(4, True): "Q4_0", (4, False): "Q4_1", (5, True): "Q5_0", (5, False): "
 """Bits and symmetry of an integer grid → the type that holds its codes as they are."""
 
 
+def type_of_grid(grid: Grid, columns: int) -> BlockType | None:
+    """The type that holds such codes as they are, where float16 holds their scales; None: there is none."""
+    name = EXACT.get((grid.bits, grid.symmetric)) if grid.kind == "int" and grid.rows == 1 else None
+    return TYPES[name] if name and columns % 32 == 0 and (grid.group_size or columns) % 32 == 0 else None
+
+
 def from_grid(tensor: QuantizedTensor) -> Blocks | None:
     """Our codes as one of the simple types; None where groups, bits or scales do not permit that.
 
     Symmetric grids lose nothing. Of an asymmetric one the product of scale and zero point is rounded to float16.
     """
-    grid, columns = tensor.grid, tensor.shape[1]
-    name = EXACT.get((grid.bits, grid.symmetric)) if grid.kind == "int" and grid.rows == 1 else None
-    scale = tensor.scale.half()
-    held = name and columns % 32 == 0 and (grid.group_size or columns) % 32 == 0
-    if not held or not torch.equal(scale.float(), tensor.scale.float()):
+    grid, scale = tensor.grid, tensor.scale.half()
+    kind = type_of_grid(grid, tensor.shape[1])
+    if kind is None or not torch.equal(scale.float(), tensor.scale.float()):
         return None
-    kind, lowest = TYPES[name or ""], 1 << grid.bits - 1
+    lowest = 1 << grid.bits - 1
     codes = (tensor.codes.to(torch.int16) + lowest).to(torch.uint8).unflatten(1, (-1, 32))
     repeats = codes.shape[1] // scale.shape[1]
     shift = None
     if tensor.zero_point is not None:
         shift = (-scale.float() * (tensor.zero_point.float() + lowest)).half().repeat_interleave(repeats, dim=1)
+        if not shift.isfinite().all():
+            return None
     return Blocks(kind, codes, scale.repeat_interleave(repeats, dim=1), shift)
 
 

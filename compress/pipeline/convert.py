@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from compress.checkpoint import FORMATS, Format, format_for, onnx_model
 from compress.checkpoint.folder import OutputFolder
 from compress.checkpoint.gguf import all_held, export, kind_named
+from compress.checkpoint.gguf_file import PLAIN
 from compress.checkpoint.graphs import GRAPHS
 from compress.checkpoint.layouts import Entries
 from compress.checkpoint.manifest import Manifest
@@ -132,12 +133,12 @@ def convert_also(
         told: dict[str, Any] = {"format": name, "output": str(place)}
         try:
             if name.startswith("gguf-"):
-                text = None if windows is None else (lambda *_: windows)
+                text = None if windows is None or kind_named(name) in PLAIN else (lambda *_: windows)
                 found = _gguf(folder.partial, name, place, True, text, tell)
             else:
                 found = convert(folder.partial, name, place, overwrite=True)
             told |= {"bytes": found["bytes_after"], "exact": found.get("exact", found["layers"])}
-            told |= {"requantized": found.get("requantized", 0)}
+            told |= {"requantized": found.get("requantized", 0), "types": found.get("types", {})}
         except NetsukeError as error:
             told["error"] = str(error).replace(str(folder.partial), str(folder.final))
         done[name] = told
@@ -160,6 +161,8 @@ def _gguf(
         kind = kind_named(to)
     except ValueError as error:
         raise RequestError(f"--to {error}") from error
+    if text and kind in PLAIN:
+        raise RequestError(f"--calibration: {to} quantizes nothing. Leave it out")
     path = local_folder(str(source))
     weights = open_weights(path)
     if isinstance(weights, QuantizedWeights) and (problems := _beside(weights)):
@@ -183,6 +186,7 @@ def _gguf(
         "exact": written.exact,
         "requantized": written.requantized,
         "types": written.kinds,
+        "fitted": bool(files),
         "bytes_before": weights.folder.bytes,
         "bytes_after": file.stat().st_size,
     }

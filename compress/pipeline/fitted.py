@@ -59,8 +59,9 @@ def fit(
                 chosen = type_for(kind, weight.shape[1])
                 if chosen is None or held(model.weights, name, chosen):
                     continue
+                hessian = block.moments(site).hessian
                 with naming(name):
-                    made = fitted_blocks(weight, chosen, block.moments(site).hessian)
+                    made = fitted_blocks(weight, chosen, hessian)
                 block.rewrite(name, made.dequantize())
                 files[name] = scratch / f"{block.index}.safetensors"
                 parts = {part: getattr(made, part) for part in PARTS}

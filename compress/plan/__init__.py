@@ -238,7 +238,7 @@ class Plan:
             "peak_memory_bytes": self.peak_memory_bytes,
             "calibration_tokens": self.calibration_tokens,
             "stages": [stage.name for stage in self.recipe.stages],
-            "notes": [*self.notes, *exports.notes(self.recipe)],
+            "notes": [*self.notes, *exports.notes(self.recipe, self.layers)],
         }
 
 

@@ -7,6 +7,7 @@ the plan, as far as headers tell.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from compress.checkpoint.gguf import kind_named
 from compress.checkpoint.gguf_metadata import architecture_of
 from compress.checkpoint.graphs import GRAPHS, require
 from compress.checkpoint.onnx_blocks import problem as no_operands
+from compress.core.ggml import type_for, type_of_grid, types_said
 from compress.core.scheme import Scheme
 from compress.errors import ModelError, OutputError
 from compress.models.selection import LayerName, did_you_mean
 from compress.models.store import DTYPES
 from compress.plan import lint, target
+from compress.plan.layers import LayerPlan
 from compress.recipe import CheckpointOptions, Recipe, Target
 
 
@@ -92,10 +95,25 @@ def engines(
     return [engine for engine in target.READS if not hinders(engine)]
 
 
-def notes(recipe: Recipe) -> list[str]:
+def notes(recipe: Recipe, layers: Sequence[LayerPlan]) -> list[str]:
     """What a plan says of them."""
     also = recipe.checkpoint.also
-    return [f"the folder is converted to {', '.join(also)} as well, beside it"] if also else []
+    told = [f"the folder is converted to {', '.join(also)} as well, beside it"] if also else []
+    return told + [_anew(name, layers) for name in also if name.startswith("gguf-")]
+
+
+def _anew(name: str, layers: Sequence[LayerPlan]) -> str:
+    """Which layers GGUF holds as they are quantized, and which it does not."""
+    kind = kind_named(name)
+    exact, anew = 0, Counter[str]()
+    for layer in layers:
+        found = type_for(kind, layer.shape[1]) if layer.block is not None else None
+        if found and layer.scheme and found == type_of_grid(layer.scheme.weights, layer.shape[1]):
+            exact += 1
+        elif found:
+            anew[found.name] += 1
+    told = f", {anew.total()} are quantized anew from them ({types_said(anew)})" if anew else ""
+    return f"{name}: {exact} layers keep their codes{told}"
 
 
 def _at_odds(recipe: Recipe, index: int, config: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from compress.core.ggml import types_said
 from compress.tables import size
 
 Report = Mapping[str, Any]
@@ -61,7 +62,8 @@ def alarms(report: Report) -> list[str]:
 
 def exported(export: Report) -> str:
     """What has been written in a further format."""
-    anew = f", {export['requantized']} layers quantized anew" if export["requantized"] else ""
+    types = f" ({types_said(export['types'])})" if export.get("types") else ""
+    anew = f", {export['requantized']} layers quantized anew{types}" if export["requantized"] else ""
     return f"{export['format']}, {size(export['bytes'])}{anew}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import equal_llama
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 TOKENS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -46,6 +46,13 @@ def test_every_matrix_is_in_another_order(tiny: Path, tmp_path: Path, monkeypatc
         if weight.dim() == 2:
             assert not torch.equal(after[name], weight), name
             assert torch.equal(after[name].flatten().sort().values, weight.flatten().sort().values), name
+
+
+def test_a_llama_with_biases_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AutoConfig.from_pretrained(tiny, attention_bias=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "biased")
+    with pytest.raises(SystemExit, match="a Llama with biases"):
+        made(monkeypatch, tmp_path / "biased", tmp_path / "equal", "--shuffle", 0)
 
 
 def test_a_width_that_is_not_made_of_heads_is_refused(

@@ -195,4 +195,6 @@ def test_a_text_that_is_not_there_leaves_nothing(tiny: Path, tmp_path: Path) -> 
 def test_codes_as_they_are_need_no_text(packed: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="takes the codes as they are"):
         convert(packed, "gptq", tmp_path / "out", calibration=str(text))
+    with pytest.raises(RequestError, match="--calibration: gguf-f16 quantizes nothing"):
+        convert(packed, "gguf-f16", tmp_path / "out", calibration=str(text))
     assert not list(tmp_path.iterdir())

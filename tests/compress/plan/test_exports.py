@@ -92,6 +92,12 @@ def test_a_plan_tells_of_it(tiny: Path) -> None:
     )
 
 
+def test_a_plan_tells_what_gguf_holds_and_what_it_has_anew(tiny: Path) -> None:
+    notes = prepare(recipe("gguf-q4_0, gguf-q4_k"), model=str(tiny)).to_json()["notes"]
+    assert "gguf-q4_0: 21 layers keep their codes" in notes
+    assert "gguf-q4_k: 0 layers keep their codes, 21 are quantized anew from them (21 as Q5_0)" in notes
+
+
 @pytest.fixture(scope="module")
 def written(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("exports") / "small"
@@ -128,7 +134,10 @@ def test_the_report_says_what_was_written_and_what_was_quantized_anew(written: t
             file.stat().st_size for file in ([there] if there.is_file() else there.glob("*.safetensors"))
         )
     told = dict(line[::-1] for line in summary_lines(report) if line[0] == "also")
-    assert any(line.startswith("small.q4_k.gguf: gguf-q4_k, ") and "21 layers quantized anew" in line for line in told)
+    assert any(
+        line.startswith("small.q4_k.gguf: gguf-q4_k, ") and "21 layers quantized anew (21 as Q5_0)" in line
+        for line in told
+    )
 
 
 def test_a_run_fits_what_gguf_has_anew_to_its_own_calibration_text(tiny: Path, text: Path, tmp_path: Path) -> None:
