@@ -72,6 +72,11 @@ class VerificationError(RunError):
     """The checkpoint, reloaded from disk, does not compute what the run computed."""
 
 
+def first_line(error: Exception) -> str:
+    """What another program's error says first; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 @contextmanager
 def naming(*layers: str) -> Iterator[None]:
     """Lets a NumericalError of a pure function say which layers it is about."""

@@ -17,7 +17,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from compress.errors import DataError, eval_package
+from compress.errors import DataError, eval_package, first_line
 
 FILES = (".jsonl", ".txt", ".parquet")
 
@@ -110,7 +110,7 @@ def _read_hub(name: str, split: str, tokenizer: Any) -> list[str]:
     except (OSError, ValueError, RuntimeError, KeyError, StopIteration) as error:
         raise DataError(
             f"calibration dataset {name!r}: is no file here, and the hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
+            f"({type(error).__name__}: {first_line(error)}). "
             f"Give a local file: --calibration FILE ({', '.join(FILES)})"
         ) from error
     raise DataError(f"calibration dataset {name!r}: has columns {sorted(columns)}, expected 'text' or 'messages'")

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from compress.core.hadamard import hadamard
 from compress.core.inputs import round_inputs
 from compress.core.scheme import Grid
-from compress.errors import ModelError, RequestError
+from compress.errors import ModelError, RequestError, first_line
 from compress.models import anatomy_for
 from compress.models.anatomy import Anatomy
 from compress.models.experts import stacked, stacks
@@ -236,7 +236,7 @@ def empty_module(folder: Folder) -> nn.Module:
         with init_empty_weights(include_buffers=False), no_init_weights():
             module = model_class(config) if model_class else AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"{folder.path / 'config.json'}: transformers cannot build {architecture}: {reason}"
         ) from error
@@ -250,7 +250,7 @@ def read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"{folder / 'config.json'}: transformers does not know this model: {reason}") from error
 
 
@@ -282,7 +282,7 @@ def local_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ModelError(f"{name}: no such folder here, and the hub did not give it ({reason})") from error
 
 
@@ -305,7 +305,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ModelError(
             f"{folder}: its tokenizer cannot be loaded: {reason}. Copy it from the original model"
         ) from error
@@ -318,6 +318,6 @@ def device_named(choice: str) -> str:
     try:
         torch.empty(0, device=choice)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise RequestError(f"--device {choice}: cannot be used here ({reason}). Use auto or cpu") from error
     return choice

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from compress.errors import first_line
+
 MULTIPLES = {"cusparselt": (16, 16), "cutlass": (32, 64)}
 """By kernel: what out and in must be multiples of, in 16 bits."""
 
@@ -76,7 +78,7 @@ def _failure(kernel: str, dtype: torch.dtype, device: str) -> str:
     try:
         F.linear(weight[:3], _compressed(weight, kernel)).sum().item()
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return ""
 
 
