@@ -49,13 +49,16 @@ def parser() -> argparse.ArgumentParser:
     _json_argument(recipes)
 
     inspect = add("inspect", "show what a checkpoint holds")
-    inspect.add_argument("folder", metavar="DIR")
+    inspect.add_argument("folder", metavar="DIR", help="or a GGUF file")
     _json_argument(inspect)
 
     convert = add("convert", "write the same quantized values in another runtime's format")
     convert.add_argument("folder", metavar="DIR")
     convert.add_argument(
-        "--to", required=True, metavar="FORMAT", help="gptq, gptq_v2, awq, compressed-tensors, dense, onnx, openvino …"
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="gptq, awq, compressed-tensors, gguf-q4_k, gguf-q4_0, onnx, openvino …",
     )
     convert.add_argument("--output", required=True, metavar="DIR2")
     convert.add_argument(

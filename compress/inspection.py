@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoint import format_of, sparse_24
 from compress.checkpoint.adapter import Adapter, open_adapter
+from compress.checkpoint.gguf_file import GGUFFile
 from compress.checkpoint.kv_cache import scheme_of
 from compress.models import anatomy_for
 from compress.models.headers import canonical, read_folder
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What `netsuke inspect` prints: format, layers with scheme, sparsity, rank, shape and bytes, bits per weight, KV
-    cache."""
+    """What `netsuke inspect` prints of a folder or a GGUF file: format, layers with scheme, sparsity, rank, shape and
+    bytes, bits per weight, KV cache."""
+    if path.suffix == ".gguf" and path.is_file():
+        return _inspect_file(path)
     folder = read_folder(path)
     config = folder.config
     anatomy = anatomy_for(config, folder.shapes)
@@ -61,4 +65,32 @@ def inspect(path: Path) -> dict[str, Any]:
         "bits_per_weight": bits / weights if weights else None,
         "bytes": folder.bytes + (adapter.file.stat().st_size if adapter.products else 0),
         "kv_cache": scheme_of(folder.config) or (quantization or {}).get("kv_cache_scheme"),
+    }
+
+
+def _inspect_file(path: Path) -> dict[str, Any]:
+    file = GGUFFile(path)
+    kinds = {name: file.block_type(name) for name in file.infos}
+    blocks = [file.infos[name] for name, kind in kinds.items() if kind]
+    weights = sum(prod(info.shape) for info in blocks)
+    layers = [
+        {
+            "name": info.name.removesuffix(".weight"),
+            "scheme": kind.name if (kind := kinds[info.name]) else None,
+            "group_size": kind.part if kind else None,
+            "dtype": info.kind,
+            "sparsity": None,
+            "rank": None,
+            "shape": list(info.shape),
+            "bytes": info.nbytes,
+        }
+        for info in file.infos.values()
+    ]
+    return {
+        "format": "gguf",
+        "family": file.metadata.get("general.architecture"),
+        "layers": layers,
+        "bits_per_weight": 8 * sum(info.nbytes for info in blocks) / weights if weights else None,
+        "bytes": path.stat().st_size,
+        "kv_cache": None,
     }

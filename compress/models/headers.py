@@ -80,7 +80,8 @@ def read_folder(path: Path) -> Folder:
     Raises ModelError where the folder, its config, an index or a header is missing or inconsistent.
     """
     if not path.is_dir():
-        raise ModelError(f"{path}: no such model folder. Give a folder with config.json and *.safetensors")
+        what = "is a file" if path.is_file() else "no such model folder"
+        raise ModelError(f"{path}: {what}. Give a folder with config.json and *.safetensors")
     config = read_json(path / "config.json")
     files = _weight_files(path)
     tensors: dict[str, TensorHeader] = {}
