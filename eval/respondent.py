@@ -35,12 +35,13 @@ class Respondent(HFLM):
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=BATCH_SIZE,
+            batch_size=getattr(model, "batch_size", BATCH_SIZE),
             max_length=default_context(model.config),
             device=str(model.device),
         )
         self.new_cache = new_cache
         self.journal = journal or Journal()
+        self.asking = _identity(tokenizer)
         self.progress = progress
         self.done = self.wanted = 0
         self.set_cache_hook(self)
@@ -57,13 +58,16 @@ class Respondent(HFLM):
     def add_partial(self, kind: str, arguments: Sequence[Any], answer: Any) -> None:
         """What lm-eval's wrapper calls with every answer, as soon as it has it."""
         if not _is_drawn(arguments):
-            self.journal.put(_key(kind, arguments), answer)
+            self.journal.put(self._key(kind, arguments), answer)
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.wanted)
 
+    def _key(self, kind: str, arguments: Sequence[Any]) -> str:
+        return digest(self.asking, kind, json.dumps([*arguments], sort_keys=True))
+
     def _answers(self, kind: str, requests: Sequence[Any]) -> list[Any]:
-        keys = [None if _is_drawn(request.args) else _key(kind, request.args) for request in requests]
+        keys = [None if _is_drawn(request.args) else self._key(kind, request.args) for request in requests]
         known = [None if key is None else self.journal.get(key) for key in keys]
         unknown = [request for request, answer in zip(requests, known, strict=True) if answer is None]
         self.done, self.wanted = len(requests) - len(unknown), len(requests)
@@ -81,8 +85,11 @@ class Respondent(HFLM):
         return super()._model_generate(context, max_length, stop, **options)
 
 
-def _key(kind: str, arguments: Sequence[Any]) -> str:
-    return digest(kind, json.dumps([*arguments], sort_keys=True))
+def _identity(tokenizer: Any) -> str:
+    """Of what stands between the words of a question and what the model is asked."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return digest(words, json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer("a").input_ids]))
 
 
 def _is_drawn(arguments: Sequence[Any]) -> bool:

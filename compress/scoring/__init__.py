@@ -18,7 +18,8 @@ from compress.errors import NumericalError, RequestError, eval_package
 from compress.models.store import give_back, local_folder
 from compress.scoring.asked import Asked, read_asked
 from compress.scoring.cache import ScoreCache
-from compress.scoring.opened import context_of, opened, resident, tokenizer_of, vocabulary_of
+from compress.scoring.opened import context_of, opened, resident, tokenizer_of
+from compress.scoring.vocabulary import Vocabulary, problems, vocabulary_of, words_of
 
 Progress = Callable[[str, float, str], None]
 """Called with the phase, the share of the whole that is done (0…1), and a few words."""
@@ -60,11 +61,13 @@ def score(
     """
     folders = [local_folder(name) for name in (model, baseline) if name]
     _check(texts, tasks, context, limit, new_tokens)
+    tokenizer = tokenizer_of(*folders)
+    width = _shared(folders, tokenizer)
     asked = read_asked(
-        tokenizer_of(*folders),
+        tokenizer,
         context or min(map(context_of, folders)),
         limit,
-        vocabulary=min(map(vocabulary_of, folders)),
+        vocabulary=width,
         texts=texts,
         tasks=tasks,
         new_tokens=new_tokens,
@@ -100,6 +103,19 @@ def _check(
             raise RequestError(f"{option} {value}: must be at least {least}")
 
 
+def _shared(folders: Sequence[Path], tokenizer: Any) -> int:
+    """The width of the vocabulary that models share with each other, and with the tokenizer that asks them.
+
+    Raises RequestError where they do not.
+    """
+    vocabularies = {str(folder): vocabulary_of(folder) for folder in folders}
+    width = next(iter(vocabularies.values())).width
+    told = problems(vocabularies | {"the tokenizer": Vocabulary(width, words_of(tokenizer))})
+    if told:
+        raise RequestError(told)
+    return width
+
+
 def _streamed(
     folders: Sequence[Path], asked: Asked, kept: ScoreCache, progress: Progress | None, device: str = "cpu"
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -122,7 +138,7 @@ def _streamed(
             baseline=models[1] if len(models) > 1 else None,
             context=asked.context,
             limit=asked.limit,
-            batch_size=default_batch_size(asked.context, vocabulary_of(folders[0])),
+            batch_size=default_batch_size(asked.context, vocabulary_of(folders[0]).width),
             journal=kept.journal("windows", *folders) if asked.streams else None,
             progress=tell,
         )

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.errors import ModelError, NetsukeError, RequestError
+from compress.errors import ModelError, NetsukeError, RequestError, first_line
 from compress.inspection import inspect
 from compress.models.headers import read_folder
-from compress.models.store import load_tokenizer, local_folder
+from compress.models.store import local_folder
 from compress.scoring import Progress, score
 from compress.scoring.front import measures
 from compress.scoring.gguf import is_gguf
-from compress.scoring.opened import context_of, is_streamed, vocabulary_of
+from compress.scoring.opened import context_of, is_streamed
+from compress.scoring.vocabulary import Vocabulary, problems, vocabulary_of
 
 FAILURES = (NetsukeError, ImportError, OSError, RuntimeError, ValueError)
 """What the loader of one checkpoint, ours or another's, may raise."""
@@ -82,28 +83,17 @@ def _checked(names: Sequence[str]) -> dict[str, Path]:
     Raises RequestError, which says all that is wrong with any of them.
     """
     paths: dict[str, Path] = {}
-    vocabularies: dict[str, tuple[int, dict[str, int] | None]] = {}
-    problems: list[str] = []
+    vocabularies: dict[str, Vocabulary] = {}
+    told: list[str] = []
     for name in dict.fromkeys(names):
         try:
-            paths[name] = Path(name) if is_gguf(Path(name)) else local_folder(name)
-            if is_gguf(paths[name]):
-                vocabularies[name] = vocabulary_of(paths[name]), None
-            else:
-                problems += read_folder(paths[name]).truncated
-                vocabularies[name] = vocabulary_of(paths[name]), load_tokenizer(paths[name]).get_vocab()
+            paths[name] = local_folder(name)
+            told += [] if is_gguf(paths[name]) else read_folder(paths[name]).truncated
+            vocabularies[name] = vocabulary_of(paths[name])
         except ModelError as error:
-            problems.append(str(error))
-    for name, (width, tokens) in vocabularies.items():
-        first, (its_width, its_tokens) = next(iter(vocabularies.items()))
-        if width != its_width:
-            problems.append(
-                f"{name}: has a vocabulary of {width:,}, {first} one of {its_width:,}. Compare models that share one"
-            )
-        elif None not in (tokens, its_tokens) and tokens != its_tokens:
-            problems.append(f"{name}: its tokenizer is not that of {first}. Compare models that share one")
-    if problems:
-        raise RequestError(problems)
+            told.append(str(error))
+    if told := told + (problems(vocabularies) if vocabularies else []):
+        raise RequestError(told)
     return paths
 
 
@@ -113,11 +103,10 @@ def _bytes(path: Path) -> int:
 
 def _held(path: Path) -> dict[str, Any]:
     """Format, bytes and bits per weight; of a format that only its own loader reads, the name."""
-    if is_gguf(path):
-        return {"format": "gguf"}
-    quantization = read_folder(path).config.get("quantization_config") or {}
-    if not is_streamed(quantization):
-        return {"format": quantization["quant_method"]}
+    if not is_gguf(path):
+        quantization = read_folder(path).config.get("quantization_config") or {}
+        if not is_streamed(quantization):
+            return {"format": quantization["quant_method"]}
     found = inspect(path)
     return {key: found[key] for key in ("format", "bytes", "bits_per_weight") if found[key] is not None}
 
@@ -126,4 +115,4 @@ def _reason(error: Exception) -> str:
     """The sentence of an error of ours, the first line of another's."""
     if isinstance(error, NetsukeError):
         return str(error)
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -6,16 +6,16 @@ needs the package gguf for it and does not know all that llama.cpp does.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from compress.errors import ModelError, eval_package
+from compress.checkpoint.gguf_file import GGUFFile
+from compress.errors import ModelError, eval_package, first_line
 from compress.models.store import load_tokenizer
 
 
@@ -23,15 +23,25 @@ def is_gguf(model: Path) -> bool:
     return model.suffix == ".gguf"
 
 
-def llama_cpp(file: Path) -> Any:
-    """A file as it is now, opened once. Raises ModelError where it cannot be."""
+def head(file: Path) -> GGUFFile:
+    """What stands at the beginning of a file, which is looked at whether it is whole. Raises ModelError."""
     if not file.is_file():
         raise ModelError(f"{file}: there is no such file")
-    return _opened(file, file.stat().st_mtime_ns)
+    return GGUFFile(file)
 
 
-@lru_cache(maxsize=2)
-def _opened(file: Path, _: int) -> Any:
+def context_of_file(file: Path) -> int:
+    """Tokens that the model was made for."""
+    metadata = head(file).metadata
+    found = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if not isinstance(found, int):
+        raise ModelError(f"{file}: does not say how long its input may be")
+    return found
+
+
+def llama_cpp(file: Path) -> Any:
+    """A file, opened. Raises ModelError where it cannot be."""
+    head(file)  # says what is wrong with a damaged one, where llama.cpp says that it failed
     with eval_package():
         from eval.llama_bindings import LlamaCppError
         from eval.llama_cpp import LlamaCpp
@@ -48,12 +58,12 @@ def file_tokenizer(file: Path, baseline: Path | None) -> Any:
             return load_tokenizer(folder)
     from transformers import AutoTokenizer
 
-    llama_cpp(file)  # which says what is wrong with a file better than transformers does
+    head(file)  # which says what is wrong with a file better than transformers does
     try:
         return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{file}: its tokenizer cannot be read ({str(error).splitlines()[0]}). Put the model's tokenizer.json "
+            f"{file}: its tokenizer cannot be read ({first_line(error)}). Put the model's tokenizer.json "
             "beside it, give the model as --baseline, or pip install gguf"
         ) from error
 
@@ -63,8 +73,12 @@ class ResidentFile:
 
     device = torch.device("cpu")
     new_cache = None
+    batch_size = 1
+    """llama.cpp computes a row at a time."""
 
     def __init__(self, file: Path) -> None:
+        from transformers import PreTrainedConfig
+
         self.model = llama_cpp(file)
         self.config = PreTrainedConfig(vocab_size=self.model.vocabulary, max_position_embeddings=self.model.context)
 
@@ -79,22 +93,20 @@ class ResidentFile:
         self,
         input_ids: Tensor,
         *,
-        attention_mask: Tensor,
         max_length: int,
-        pad_token_id: int,
+        stopping_criteria: Sequence[Callable[..., Any]] = (),
         do_sample: bool = False,
         **_: Any,
     ) -> Tensor:
-        """Prompts [b, length], padded on the left, and what follows each, padded on the right.
+        """A prompt [1, length], and what follows it.
 
         Raises ValueError where tokens are to be drawn.
         """
         if do_sample:
             raise ValueError("a GGUF file writes by greedy search, and this task draws its answers at random")
-        room = max_length - input_ids.shape[1]
-        found = torch.full((len(input_ids), max_length), pad_token_id)
-        found[:, : input_ids.shape[1]] = input_ids
-        for row, (ids, seen) in enumerate(zip(input_ids, attention_mask.bool(), strict=True)):
-            written = torch.tensor(self.write(ids[seen].tolist(), room))
-            found[row, input_ids.shape[1] :][: len(written)] = written
-        return found
+        (prompt,) = input_ids.tolist()
+
+        def enough(written: list[int]) -> bool:
+            return any(criterion(torch.tensor([prompt + written]), None) for criterion in stopping_criteria)
+
+        return torch.tensor([prompt + self.model.write(prompt, max_length - len(prompt), enough)])

@@ -21,10 +21,10 @@ from compress.checkpoint import READERS
 from compress.checkpoint.kv_cache import Scales, read_scales, scheme_of
 from compress.checkpoint.torchao import weights_alone
 from compress.checkpoint.weights import open_model
-from compress.errors import ModelError, eval_package
+from compress.errors import ModelError, eval_package, first_line
 from compress.models.headers import read_json
 from compress.models.store import LazyModel, load_tokenizer, read_config
-from compress.scoring.gguf import ResidentFile, file_tokenizer, is_gguf, llama_cpp
+from compress.scoring.gguf import ResidentFile, context_of_file, file_tokenizer, is_gguf, llama_cpp
 
 
 def is_streamed(quantization: Mapping[str, Any]) -> bool:
@@ -44,12 +44,7 @@ def context_of(model: Path) -> int:
     """The longest window to score by default."""
     with eval_package():
         from eval.evaluate import DEFAULT_CONTEXT, default_context
-    return min(DEFAULT_CONTEXT, llama_cpp(model).context) if is_gguf(model) else default_context(read_config(model))
-
-
-def vocabulary_of(model: Path) -> int:
-    """The width of its logits."""
-    return llama_cpp(model).vocabulary if is_gguf(model) else read_config(model).get_text_config().vocab_size
+    return min(DEFAULT_CONTEXT, context_of_file(model)) if is_gguf(model) else default_context(read_config(model))
 
 
 @contextmanager
@@ -126,7 +121,7 @@ def _loaded_by_transformers(folder: Path) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{folder}: transformers cannot load it: {first_line(error)}") from error
 
 
 def _decoded(model: LazyModel, scheme: str | list[str], scales: Mapping[int, Scales]) -> Callable[[Tensor], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import torch
 from compress.errors import ModelError
 from compress.models.store import load_tokenizer
 from compress.pipeline.convert import convert
-from compress.scoring.gguf import ResidentFile, file_tokenizer
+from compress.scoring import gguf
+from compress.scoring.compare import compare
+from compress.scoring.gguf import ResidentFile, context_of_file, file_tokenizer
 from compress.scoring.opened import Resident, resident
+from compress.scoring.vocabulary import vocabulary_of
 from eval.texts import prepended_bos, tokenize
 
 pytest.importorskip("cyllama", reason="llama.cpp is not installed (pip install cyllama)")
@@ -65,15 +69,39 @@ def test_it_answers_as_the_folder_does(file: Path, tiny: Path) -> None:
         torch.testing.assert_close(found(tokens).logits, expected(tokens).logits, rtol=0, atol=1e-3)
 
 
-def test_prompts_of_different_lengths_are_continued_alike(file: Path, tiny: Path) -> None:
-    ids = torch.tensor([[258 - 1, 7, 9, 11], [3, 5, 8, 13]])
-    seen = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    found = ResidentFile(file).generate(ids, attention_mask=seen, max_length=12, pad_token_id=1, stopping_criteria=[])
-    expected = Resident(tiny).generate(ids, attention_mask=seen, max_length=12, pad_token_id=1, do_sample=False)
-    assert found.tolist() == expected.tolist()
+def test_a_prompt_is_continued_alike_until_a_criterion_is_met(file: Path, tiny: Path) -> None:
+    ids = torch.tensor([[3, 5, 8, 13]])
+    expected = Resident(tiny).generate(ids, attention_mask=torch.ones_like(ids), max_length=12, do_sample=False)
+    assert ResidentFile(file).generate(ids, max_length=12).tolist() == expected.tolist()
+    short = ResidentFile(file).generate(ids, max_length=12, stopping_criteria=[lambda ids, _: ids.shape[1] == 7])
+    assert short.tolist() == expected[:, :7].tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "says"), [(50, "in 50 bytes|is no whole GGUF file"), (20_000, "ends at byte 20000, inside .*Download it")]
+)
+def test_a_damaged_file_is_refused_by_what_is_wrong_with_it(file: Path, tmp_path: Path, size: int, says: str) -> None:
+    (tmp_path / "bad.gguf").write_bytes(file.read_bytes()[:size])
+    for use in (ResidentFile, context_of_file, vocabulary_of):
+        with pytest.raises(ModelError, match=rf"bad\.gguf: .*({says})"):
+            use(tmp_path / "bad.gguf")
+
+
+def test_files_are_opened_once_for_what_is_computed(
+    file: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    for name in ("a", "b", "c"):
+        shutil.copy(file, tmp_path / f"{name}.gguf")
+        names.append(str(tmp_path / f"{name}.gguf"))
+    opened = []
+    llama_cpp = gguf.llama_cpp
+    for module in (gguf, sys.modules[resident.__module__]):
+        monkeypatch.setattr(module, "llama_cpp", lambda file: opened.append(file) or llama_cpp(file))
+    compare(names, texts=[text], limit=1)
+    assert [str(each) for each in opened] == names
 
 
 def test_answers_that_are_drawn_are_refused(file: Path) -> None:
-    ids = torch.ones(1, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="draws its answers at random"):
-        ResidentFile(file).generate(ids, attention_mask=ids, max_length=4, pad_token_id=1, do_sample=True)
+        ResidentFile(file).generate(torch.ones(1, 2, dtype=torch.long), max_length=4, do_sample=True)

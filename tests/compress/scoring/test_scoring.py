@@ -218,6 +218,52 @@ def test_a_gguf_file_answers_tasks_and_writes_as_the_folder_it_was_made_of(
     assert told["generation"]["identical"] == 1
 
 
+def other_tokenizer(tiny: Path, folder: Path, *, swapped: bool = True) -> Path:
+    """The same model, whose tokenizer gives most words other ids."""
+    shutil.copytree(tiny, folder)
+    told = json.loads((folder / "tokenizer.json").read_text())
+    words = told["model"]["vocab"]
+    ids = {word: token for word, token in words.items() if token > 1}
+    turned = dict(zip(ids, reversed(ids.values()), strict=True)) if swapped else ids
+    told["model"]["vocab"] = words | turned
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_models_that_call_tokens_otherwise_are_not_asked_the_same(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = other_tokenizer(tiny, tmp_path / "other")
+    options = ["--text", str(text), "--limit", "1", "--no-cache"]
+    assert main(["eval", str(tiny), "--baseline", str(other), *options]) == 2
+    assert f"{other}: its tokenizer is not that of {tiny}" in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_not_asked_with_another_models_tokenizer(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = other_tokenizer(tiny, tmp_path / "other")
+    assert main(["convert", str(tiny), "--to", "gguf-f32", "--output", str(other / "model.gguf")]) == 0
+    assert main(["eval", str(other / "model.gguf"), "--text", str(text), "--limit", "1", "--no-cache"]) == 2
+    assert "the tokenizer: its tokenizer is not that of" in capsys.readouterr().err
+
+
+def test_answers_to_another_tokenizer_are_not_those_that_were_measured(
+    tiny: Path, pairs: Path, tmp_path: Path, evaluated: Eval
+) -> None:
+    pytest.importorskip("cyllama", reason="llama.cpp is not installed (pip install cyllama)")
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    assert main(["convert", str(tiny), "--to", "gguf-f32", "--output", str(model / "model.gguf")]) == 0
+    first = evaluated(model / "model.gguf", "--tasks", pairs)
+    assert evaluated(model / "model.gguf", "--tasks", pairs)["cache"]["answers"] == {"asked": 24, "found": 24}
+    told = json.loads((model / "tokenizer.json").read_text())
+    told["post_processor"] = None  # no longer puts <s> before a text
+    (model / "tokenizer.json").write_text(json.dumps(told))
+    assert evaluated(model / "model.gguf", "--tasks", pairs)["cache"]["answers"] == {"asked": 24, "found": 0}
+    assert first["tasks"]["pairs"]["questions"] == 12
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
