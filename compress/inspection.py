@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.checkpoint import format_of, sparse_24
 from compress.checkpoint.adapter import Adapter, open_adapter
-from compress.checkpoint.gguf_file import GGUFFile
+from compress.checkpoint.gguf_file import PLAIN, GGUFFile
 from compress.checkpoint.kv_cache import scheme_of
 from compress.models import anatomy_for
 from compress.models.headers import canonical, read_folder
@@ -71,13 +71,13 @@ def inspect(path: Path) -> dict[str, Any]:
 def _inspect_file(path: Path) -> dict[str, Any]:
     file = GGUFFile(path)
     kinds = {name: file.block_type(name) for name in file.infos}
-    blocks = [file.infos[name] for name, kind in kinds.items() if kind]
+    blocks = [info for info in file.infos.values() if info.kind not in PLAIN]
     weights = sum(prod(info.shape) for info in blocks)
     layers = [
         {
             "name": info.name.removesuffix(".weight"),
-            "scheme": kind.name if (kind := kinds[info.name]) else None,
-            "group_size": kind.part if kind else None,
+            "scheme": None if info.kind in PLAIN else info.kind,
+            "group_size": kind.part if (kind := kinds[info.name]) else None,
             "dtype": info.kind,
             "sparsity": None,
             "rank": None,

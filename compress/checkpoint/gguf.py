@@ -26,7 +26,7 @@ from compress.checkpoint.weights import QuantizedWeights
 from compress.core.ggml import TYPES, Blocks, BlockType, from_grid, type_for
 from compress.core.ggml_bytes import from_bytes, to_bytes
 from compress.core.ggml_search import blocks
-from compress.errors import ModelError
+from compress.errors import ModelError, NumericalError
 from compress.models.store import Weights
 
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -121,20 +121,21 @@ def export(
 def load(path: Path) -> dict[str, Tensor]:
     """Every tensor of such a file in float32 under Hugging Face's name, heads and norms as transformers has them."""
     file = GGUFFile(path)
-    architecture = file.metadata.get("general.architecture", "")
-    back = {stored: name for name, stored in _table(architecture, _num_blocks(file)).items()}
+    architecture = file.metadata.get("general.architecture")
     found = {}
     for stored in file.infos:
-        module, _, leaf = stored.rpartition(".")
-        if module not in back:
+        name = _name_of(stored, str(architecture))
+        if name is None:
             continue
-        name = f"{back[module]}.{leaf}"
         kind = file.block_type(stored)
         raw = file.read(stored)
         value = from_bytes(raw, kind).dequantize() if kind else raw.float()
-        if _turned(name, architecture):
-            value = _halves(value, _heads(file.metadata, architecture, name))
-        if _shifted(name, architecture):
+        if _turned(name, str(architecture)):
+            heads = _heads(file.metadata, name)
+            if not isinstance(heads, int) or heads < 1 or len(value) % (2 * heads):
+                raise ModelError(f"{path}: {stored} has {len(value)} rows, for {heads!r} heads")
+            value = _halves(value, heads)
+        if _shifted(name, str(architecture)):
             value = value - 1
         found[name] = value
     return found
@@ -145,29 +146,26 @@ def stored_name(name: str, architecture: str) -> str:
     module, _, leaf = name.rpartition(".")
     parts = module.split(".")
     inside = parts[:2] == ["model", "layers"]
-    table = INSIDE | (GEMMA_NORMS if architecture in ("gemma2", "gemma3") else NORMS) if inside else OUTSIDE
+    table = INSIDE | _norms(architecture) if inside else OUTSIDE
     key = ".".join(parts[3:]) if inside else module
     if key not in table:
         raise ModelError(f"{name}: llama.cpp's {architecture} has no such tensor, so this model cannot be a GGUF file")
     return f"blk.{parts[2]}.{table[key]}.{leaf}" if inside else f"{table[key]}.{leaf}"
 
 
-def _table(architecture: str, num_blocks: int) -> dict[str, str]:
-    """Module → what llama.cpp calls it, of every module that there may be."""
-    norms = GEMMA_NORMS if architecture in ("gemma2", "gemma3") else NORMS
-    inside = {
-        f"model.layers.{block}.{name}": f"blk.{block}.{stored}"
-        for block in range(num_blocks)
-        for name, stored in (INSIDE | norms).items()
-    }
-    return OUTSIDE | inside
+def _name_of(stored: str, architecture: str) -> str | None:
+    """Hugging Face's name of a tensor; None for what it has none for."""
+    module, _, leaf = stored.rpartition(".")
+    if not module.startswith("blk."):
+        return next((f"{name}.{leaf}" for name, own in OUTSIDE.items() if own == module), None)
+    _, block, part, *_ = *module.split(".", 2), "", ""
+    table = INSIDE | _norms(architecture)
+    found = next((name for name, own in table.items() if own == part), None)
+    return f"model.layers.{block}.{found}.{leaf}" if found and block.isascii() and block.isdigit() else None
 
 
-def _num_blocks(file: GGUFFile) -> int:
-    indices = {
-        int(name.split(".")[1]) for name in file.infos if name.startswith("blk.") and name.split(".")[1].isdigit()
-    }
-    return max(indices, default=-1) + 1
+def _norms(architecture: str) -> dict[str, str]:
+    return GEMMA_NORMS if architecture in ("gemma2", "gemma3") else NORMS
 
 
 def _names(weights: Weights) -> list[str]:
@@ -197,7 +195,12 @@ def _value(weights: Weights, name: str, architecture: str) -> Tensor:
 
 
 def _plain(weights: Weights, name: str, architecture: str, kind: str) -> Tensor:
-    return _value(weights, name, architecture).to(PLAIN[kind][1])
+    value = _value(weights, name, architecture)
+    stored = value.to(PLAIN[kind][1])
+    if lost := int((value.isfinite() & ~stored.isfinite()).sum()):
+        largest = value.abs().max().item()
+        raise NumericalError(f"{name}: {kind} does not hold {lost} of its numbers, up to {largest:g}. Use f32 or bf16")
+    return stored
 
 
 def all_held(weights: Weights, kind: str) -> bool:
@@ -254,6 +257,6 @@ def _heads_of(config: Mapping[str, Any], name: str) -> int:
     return heads if ".q_proj" in name else config.get("num_key_value_heads") or heads
 
 
-def _heads(metadata: Mapping[str, Any], architecture: str, name: str) -> int:
+def _heads(metadata: Mapping[str, Any], name: str) -> Any:
     leaf = "head_count" if ".q_proj" in name else "head_count_kv"
-    return metadata[f"{architecture}.attention.{leaf}"]
+    return metadata.get(f"{metadata['general.architecture']}.attention.{leaf}")

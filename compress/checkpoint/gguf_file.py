@@ -32,6 +32,21 @@ NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 PLAIN = {"F32": (0, torch.float32), "F16": (1, torch.float16), "BF16": (30, torch.bfloat16)}
 """Types without blocks: ggml's number, and torch's type."""
+OTHERS = {
+    "Q8_1": (9, 32, 40), "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q8_K": (15, 256, 292),
+    "IQ2_XXS": (16, 256, 66), "IQ2_XS": (17, 256, 74), "IQ3_XXS": (18, 256, 98), "IQ1_S": (19, 256, 50),
+    "IQ4_NL": (20, 32, 18), "IQ3_S": (21, 256, 110), "IQ2_S": (22, 256, 82), "IQ4_XS": (23, 256, 136),
+    "I8": (24, 1, 1), "I16": (25, 1, 2), "I32": (26, 1, 4), "I64": (27, 1, 8), "F64": (28, 1, 8),
+    "IQ1_M": (29, 256, 56), "TQ1_0": (34, 256, 54), "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17),
+    "NVFP4": (40, 64, 36), "Q1_0": (41, 128, 18),
+}  # fmt: skip
+"""Types that are told and not decoded: number, weights in a block, bytes of a block."""
+LAYOUTS = (
+    {name: (number, 1, dtype.itemsize) for name, (number, dtype) in PLAIN.items()}
+    | {name: (kind.number, kind.size, kind.bytes) for name, kind in TYPES.items()}
+    | OTHERS
+)
+NAMES = {number: name for name, (number, _, _) in LAYOUTS.items()}
 MOST_ENTRIES, MOST_DIMS = 1 << 20, 4
 
 
@@ -42,18 +57,16 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     kind: str
-    """`F32`, `F16`, `BF16` or one of ggml's block types."""
+    """One of `LAYOUTS`."""
 
     @property
     def nbytes(self) -> int:
-        if self.kind in PLAIN:
-            return prod(self.shape) * PLAIN[self.kind][1].itemsize
-        block = TYPES[self.kind]
-        return prod(self.shape[:-1]) * (self.shape[-1] // block.size) * block.bytes
+        _, size, nbytes = LAYOUTS[self.kind]
+        return prod(self.shape[:-1]) * (self.shape[-1] // size) * nbytes
 
     @property
     def number(self) -> int:
-        return PLAIN[self.kind][0] if self.kind in PLAIN else TYPES[self.kind].number
+        return LAYOUTS[self.kind][0]
 
 
 def save(path: Path, metadata: Mapping[str, Any], infos: Sequence[TensorInfo], tensors: Iterable[Tensor]) -> None:
@@ -164,20 +177,24 @@ class GGUFFile:
         if not 0 < dims <= MOST_DIMS or name in self.infos:
             raise ModelError(f"{self.path}: {name!r} has {dims} sizes, or is there twice")
         *sizes, number, offset = self._numbers(stream, f"<{dims}QIQ")
-        kinds = {number: name for name, (number, _) in PLAIN.items()} | {
-            each.number: each.name for each in TYPES.values()
-        }
-        if number not in kinds:
-            raise ModelError(f"{self.path}: {name} is of ggml's type {number}, which cannot be read")
-        info = TensorInfo(name, tuple(sizes[::-1]), kinds[number])
-        if info.kind in TYPES and sizes[0] % TYPES[info.kind].size:
+        if number not in NAMES:
+            raise ModelError(f"{self.path}: {name} is of ggml's type {number}, which is not known here")
+        if 0 in sizes:
+            raise ModelError(f"{self.path}: {name} has sizes {sizes}, and holds nothing")
+        info = TensorInfo(name, tuple(sizes[::-1]), NAMES[number])
+        if sizes[0] % LAYOUTS[info.kind][1]:
             raise ModelError(f"{self.path}: {name} has rows of {sizes[0]}, no whole blocks of {info.kind}")
         self.infos[name] = info
         return name, offset
 
     def read(self, name: str) -> Tensor:
-        """A plain tensor in its own type, or the bytes of a matrix of blocks, a row for each of its rows."""
+        """A plain tensor in its own type, or the bytes of a matrix of blocks, a row for each of its rows.
+
+        Raises ModelError for one of `OTHERS`.
+        """
         info = self.infos[name]
+        if info.kind in OTHERS:
+            raise ModelError(f"{self.path}: {name} is of type {info.kind}, which netsuke does not decode")
         with self.path.open("rb") as stream:
             stream.seek(self._begin[name])
             held = torch.frombuffer(bytearray(stream.read(info.nbytes)), dtype=torch.uint8)

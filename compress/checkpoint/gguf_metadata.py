@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from compress.checkpoint.gguf_limits import rope_of, unlike
 from compress.errors import ModelError
 
 ARCHITECTURES = {
@@ -33,11 +34,15 @@ PRE_TOKENIZERS = {
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """llama.cpp's name. Raises ModelError where it has none that is known here."""
+    """llama.cpp's name of what computes the same. Raises ModelError where there is none that is known here."""
     found = ARCHITECTURES.get(config.get("model_type", ""))
     if found is None:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(f"model_type {config.get('model_type')!r} cannot be written as GGUF; {known} can")
+    if told := [*unlike(config, found)]:
+        raise ModelError(
+            f"llama.cpp's {found} is not this model, so it cannot be a GGUF file. It has {'; '.join(told)}"
+        )
     return found
 
 
@@ -46,7 +51,7 @@ def metadata_of(config: Mapping[str, Any], tokenizer: Any, kind: str, name: str)
     own = architecture_of(config)
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rope = _rope(config)
+    rope = rope_of(config)
     entries: dict[str, Any] = {
         "general.architecture": own,
         "general.name": name,
@@ -62,7 +67,7 @@ def metadata_of(config: Mapping[str, Any], tokenizer: Any, kind: str, name: str)
         f"{own}.attention.value_length": head_dim,
         f"{own}.attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
         f"{own}.rope.dimension_count": head_dim,
-        f"{own}.rope.freq_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        f"{own}.rope.freq_base": float(rope["rope_theta"]),
         f"{own}.vocab_size": config["vocab_size"],
     }
     if rope.get("rope_type") == "linear":
@@ -70,18 +75,18 @@ def metadata_of(config: Mapping[str, Any], tokenizer: Any, kind: str, name: str)
     if own in ("gemma2", "gemma3") and config.get("sliding_window"):
         entries[f"{own}.attention.sliding_window"] = config["sliding_window"]
     if own == "gemma2":
-        entries[f"{own}.attn_logit_softcapping"] = float(config.get("attn_logit_softcapping") or 50.0)
-        entries[f"{own}.final_logit_softcapping"] = float(config.get("final_logit_softcapping") or 30.0)
+        entries[f"{own}.attn_logit_softcapping"] = float(config["attn_logit_softcapping"])
+        entries[f"{own}.final_logit_softcapping"] = float(config["final_logit_softcapping"])
     return entries | _tokenizer(config, tokenizer)
 
 
 def rope_factors(config: Mapping[str, Any]) -> list[float]:
     """What each rotary frequency of Llama 3.1's scaling is divided by; nothing for other models."""
-    rope = _rope(config)
-    if rope.get("rope_type") != "llama3":
+    rope = rope_of(config)
+    if rope["rope_type"] != "llama3":
         return []
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    base = float(rope["rope_theta"])
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     context = rope["original_max_position_embeddings"]
     factors = []
@@ -90,12 +95,6 @@ def rope_factors(config: Mapping[str, Any]) -> list[float]:
         smooth = (context / wavelength - low) / (high - low)
         factors.append(1 / ((1 - min(1.0, max(0.0, smooth))) / factor + min(1.0, max(0.0, smooth))))
     return factors
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rotary parameters, under either of the names that transformers has had for them."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return {"rope_type": found.get("type"), **found}
 
 
 def _tokenizer(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def _tokenizer(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     texts = {index: text for text, index in model["vocab"].items()} | {
         index: each["content"] for index, each in added.items()
     }
-    size = max(config["vocab_size"], max(texts) + 1)
+    size = config["vocab_size"]  # words that the tokenizer has beyond it have no embedding
     tokens = [texts.get(index, f"[PAD{index}]") for index in range(size)]
     unknown = model.get("unk_token")
     kinds = [_kind(index, text, added, unknown, bool(model.get("byte_fallback"))) for index, text in enumerate(tokens)]
@@ -131,7 +130,7 @@ def _tokenizer(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         }
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = getattr(tokenizer, f"{role}_token_id", None)
-        if index is not None:
+        if index is not None and index < size:
             entries[f"tokenizer.ggml.{key}_token_id"] = index
     entries["tokenizer.ggml.add_bos_token"] = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     if template := getattr(tokenizer, "chat_template", None):

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForC
 
 import compress
 from compress.checkpoint.gguf import export, kind_named, load
-from compress.checkpoint.gguf_file import GGUFFile, TensorInfo, save
+from compress.checkpoint.gguf_file import LAYOUTS, GGUFFile, TensorInfo, save
 from compress.checkpoint.gguf_metadata import metadata_of, rope_factors
 from compress.checkpoint.weights import open_weights
 from compress.errors import ModelError
@@ -58,7 +58,7 @@ def test_other_types_are_made_anew_and_counted(packed: Path, tmp_path: Path) -> 
     ("make", "config"),
     [
         (Qwen3ForCausalLM, Qwen3Config(**SIZES, tie_word_embeddings=False)),
-        (Gemma2ForCausalLM, Gemma2Config(**SIZES, pad_token_id=0)),
+        (Gemma2ForCausalLM, Gemma2Config(**SIZES, query_pre_attn_scalar=SIZES["head_dim"], pad_token_id=0)),
     ],
     ids=["qwen3", "gemma2"],
 )
@@ -136,3 +136,55 @@ def test_a_damaged_or_hostile_file_is_refused(damage: Any, message: str, tmp_pat
     path.write_bytes(damage(whole(path)))
     with pytest.raises(ModelError, match=message):
         GGUFFile(path)
+
+
+def made(path: Path, name: str, kind: str = "F32", **metadata: Any) -> Path:
+    """A file of one tensor of zeros [4, 256]."""
+    info = TensorInfo(name, (4, 256), kind)
+    told = {"general.architecture": "llama"} | {key.replace("__", "."): value for key, value in metadata.items()}
+    save(path, told, [info], [torch.zeros(info.nbytes, dtype=torch.uint8)])
+    return path
+
+
+@pytest.mark.parametrize("heads", [{}, {"llama__attention__head_count": 3}, {"llama__attention__head_count": 0}])
+def test_heads_that_do_not_fit_are_refused(tmp_path: Path, heads: dict[str, int]) -> None:
+    with pytest.raises(ModelError, match=r"a\.gguf: blk\.0\.attn_q\.weight has 4 rows, for"):
+        load(made(tmp_path / "a.gguf", "blk.0.attn_q.weight", **heads))
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.².attn_v.weight", "blk.attn_v.weight", "blk.0.nothing.weight", "other.weight", "x"]
+)
+def test_names_that_are_none_are_passed_by(tmp_path: Path, name: str) -> None:
+    assert load(made(tmp_path / "a.gguf", name)) == {}
+
+
+def test_a_block_of_any_number_is_read_at_once(tmp_path: Path) -> None:
+    assert set(load(made(tmp_path / "a.gguf", "blk.3000000.attn_v.weight"))) == {
+        "model.layers.3000000.self_attn.v_proj.weight"
+    }
+
+
+def test_an_architecture_that_is_no_word_is_none(tmp_path: Path) -> None:
+    path = made(tmp_path / "a.gguf", "blk.0.attn_v.weight", general__architecture=5)
+    assert set(load(path)) == {"model.layers.0.self_attn.v_proj.weight"}
+
+
+def test_types_that_are_not_decoded_are_told_and_refused(tmp_path: Path) -> None:
+    file = GGUFFile(made(tmp_path / "a.gguf", "blk.0.ffn_down.weight", "IQ4_XS"))
+    assert (file.infos["blk.0.ffn_down.weight"].kind, file.infos["blk.0.ffn_down.weight"].nbytes) == ("IQ4_XS", 4 * 136)
+    with pytest.raises(ModelError, match="is of type IQ4_XS, which netsuke does not decode"):
+        file.read("blk.0.ffn_down.weight")
+
+
+def test_layouts_are_those_of_ggml() -> None:
+    gguf = pytest.importorskip("gguf", reason="needs the package gguf")
+    for name, (number, size, nbytes) in LAYOUTS.items():
+        kind = gguf.GGMLQuantizationType(number)
+        assert (kind.name, *gguf.GGML_QUANT_SIZES[kind]) == (name, size, nbytes)
+
+
+def test_a_tensor_of_nothing_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.gguf", {}, [TensorInfo("x", (0, 32), "F32")], [torch.zeros(0)])
+    with pytest.raises(ModelError, match=r"x has sizes \[32, 0\], and holds nothing"):
+        GGUFFile(tmp_path / "a.gguf")
