@@ -1,12 +1,14 @@
 """The two packages that bring llama.cpp into Python, made to look alike.
 
 llama-cpp-python is what most people have, built for their machine and their GPU; cyllama has wheels. Neither is told
-to use buffers of repacked weights, which crash on some processors.
+to use buffers of repacked weights, which crash on some processors. Where llama.cpp finds a mistake of its own it ends
+the process; it is asked not to start a debugger before.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,6 +21,9 @@ from eval.evaluate import ScoreError
 
 F32, OFF = 0, 0
 """ggml's number of the type; llama.cpp's for no flash attention."""
+
+
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 
 class LlamaCppError(ValueError):

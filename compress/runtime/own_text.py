@@ -2,7 +2,7 @@
 
 Documents are drawn token by token from what the model says itself, at temperature 1 with nothing cut off, from its
 beginning-of-text token until it ends them: samples of the distribution that it was trained to have, which is what a
-calibration wants to know (arXiv 2410.17170). Tokens drawn at random tell far less (recipes/RESULTS.md).
+calibration wants to know (arXiv 2410.17170). What it is worth beside other texts: recipes/RESULTS.md.
 
 The model is in memory, packed as it is stored. Documents are kept as they are drawn, a batch at a time, in a hidden
 file beside the one that appears when all of them are there; the same command goes on after the last whole batch.
