@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from compress.errors import NumericalError, RequestError, eval_package
-from compress.models.store import give_back, local_folder
+from compress.models.store import give_back
 from compress.scoring.asked import Asked, read_asked
 from compress.scoring.cache import ScoreCache
+from compress.scoring.gguf import place_of
 from compress.scoring.opened import context_of, opened, resident, tokenizer_of
 from compress.scoring.vocabulary import Vocabulary, problems, vocabulary_of, words_of
 
@@ -59,7 +60,7 @@ def score(
     `new_tokens` are written after each document of the file `prompts`, or after the beginnings of the texts' windows.
     Measurements are kept in the folder `cache` and found there; None: they are not kept.
     """
-    folders = [local_folder(name) for name in (model, baseline) if name]
+    folders = [place_of(name) for name in (model, baseline) if name]
     _check(texts, tasks, context, limit, new_tokens)
     tokenizer = tokenizer_of(*folders)
     width = _shared(folders, tokenizer)

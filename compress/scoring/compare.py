@@ -13,10 +13,9 @@ from typing import Any
 from compress.errors import ModelError, NetsukeError, RequestError, first_line
 from compress.inspection import inspect
 from compress.models.headers import read_folder
-from compress.models.store import local_folder
 from compress.scoring import Progress, score
 from compress.scoring.front import measures
-from compress.scoring.gguf import is_gguf
+from compress.scoring.gguf import is_gguf, place_of
 from compress.scoring.opened import context_of, is_streamed
 from compress.scoring.vocabulary import Vocabulary, problems, vocabulary_of
 
@@ -87,7 +86,7 @@ def _checked(names: Sequence[str]) -> dict[str, Path]:
     told: list[str] = []
     for name in dict.fromkeys(names):
         try:
-            paths[name] = local_folder(name)
+            paths[name] = place_of(name)
             told += [] if is_gguf(paths[name]) else read_folder(paths[name]).truncated
             vocabularies[name] = vocabulary_of(paths[name])
         except ModelError as error:

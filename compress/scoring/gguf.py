@@ -16,11 +16,18 @@ from torch import Tensor
 
 from compress.checkpoint.gguf_file import GGUFFile
 from compress.errors import ModelError, eval_package, first_line
-from compress.models.store import load_tokenizer
+from compress.models.store import load_tokenizer, local_folder
 
 
 def is_gguf(model: Path) -> bool:
     return model.suffix == ".gguf"
+
+
+def place_of(name: str) -> Path:
+    """The folder or file of a model: of a folder that holds a GGUF file and no other model, that file."""
+    path = local_folder(name)
+    files = [*path.glob("*.gguf")] if path.is_dir() and not (path / "config.json").exists() else []
+    return files[0] if len(files) == 1 else path
 
 
 def head(file: Path) -> GGUFFile:

@@ -15,7 +15,7 @@ from compress.models.store import load_tokenizer
 from compress.pipeline.convert import convert
 from compress.scoring import gguf
 from compress.scoring.compare import compare
-from compress.scoring.gguf import ResidentFile, context_of_file, file_tokenizer
+from compress.scoring.gguf import ResidentFile, context_of_file, file_tokenizer, place_of
 from compress.scoring.opened import Resident, resident
 from compress.scoring.vocabulary import vocabulary_of
 from eval.texts import prepended_bos, tokenize
@@ -38,6 +38,14 @@ def test_its_own_tokenizer_is_that_of_the_folder(file: Path, tiny: Path) -> None
     assert prepended_bos(found) == prepended_bos(expected) == 0
     assert found.eos_token_id == expected.eos_token_id
     assert {**found.get_vocab(), **expected.get_vocab()} == found.get_vocab(), "transformers may add words of its own"
+
+
+def test_a_folder_that_holds_one_file_and_no_other_model_is_that_file(file: Path, tiny: Path, tmp_path: Path) -> None:
+    assert place_of(str(file.parent)) == file
+    assert place_of(str(tiny)) == tiny
+    shutil.copy(file, tmp_path / "a.gguf")
+    shutil.copy(file, tmp_path / "b.gguf")
+    assert place_of(str(tmp_path)) == tmp_path
 
 
 def test_a_tokenizer_beside_it_or_of_the_baseline_comes_first(
