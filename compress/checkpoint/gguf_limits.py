@@ -54,21 +54,18 @@ def unlike(config: Mapping[str, Any], architecture: str) -> Iterator[str]:
 
     window, longest = config.get("sliding_window"), config["max_position_embeddings"]
     if architecture in FULL_EVERY:
-        every = FULL_EVERY[architecture]
-        expected = [
-            "sliding_attention" if (layer + 1) % every else "full_attention"
-            for layer in range(config["num_hidden_layers"])
-        ]
-        if config.get("layer_types") not in (None, expected):
+        layers, every = config["num_hidden_layers"], FULL_EVERY[architecture]
+        pattern = [f"{'sliding' if (layer + 1) % every else 'full'}_attention" for layer in range(layers)]
+        if (config.get("layer_types") or pattern) != pattern or (
+            config.get("sliding_window_pattern") or every
+        ) != every:
             yield f"layer_types otherwise than one full_attention after {every - 1} sliding_attention"
-    elif window and window < longest and config.get("use_sliding_window", True):
+        scaled = config["hidden_size"] // heads if layers == LARGEST[architecture] else head_dim
+        if (scale := config.get("query_pre_attn_scalar") or scaled) != scaled:
+            yield f"query_pre_attn_scalar {scale}, where it has {scaled}"
+    elif window and window < longest and config.get("use_sliding_window", architecture == "llama"):
         yield f"sliding_window {window} in a context of {longest}, where it has none"
 
-    if architecture in FULL_EVERY:
-        whole = config["num_hidden_layers"] == LARGEST[architecture]
-        expected, scale = config["hidden_size"] // heads if whole else head_dim, config.get("query_pre_attn_scalar")
-        if scale not in (None, expected):
-            yield f"query_pre_attn_scalar {scale}, where it has {expected}"
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if (config.get(key) is None) == (architecture == "gemma2"):
             yield f"{key} {config.get(key)}, where it has {'a number' if architecture == 'gemma2' else 'none'}"

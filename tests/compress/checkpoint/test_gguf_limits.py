@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.gguf_file import GGUFFile
+from compress.checkpoint.gguf_limits import rope_of
 from compress.checkpoint.gguf_metadata import architecture_of
 from compress.errors import ModelError, NumericalError
 from compress.pipeline.convert import convert
@@ -96,6 +97,17 @@ def test_gemma_3_in_another_base_of_its_windows_is_refused() -> None:
     config["rope_parameters"]["sliding_attention"]["rope_theta"] = 5000.0
     with pytest.raises(ModelError, match="rope_theta 5000 in layers with a window, where it has 10000"):
         architecture_of(config)
+
+
+def test_configs_as_older_files_have_them_are_taken_as_they_are_meant() -> None:
+    plain = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    qwen = plain | {"model_type": "qwen2", "hidden_act": "silu", "sliding_window": 16}
+    assert architecture_of(qwen) == "qwen2", "whose windows are off unless it says so"
+    gemma = plain | {"model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 1e4, "head_dim": 16}
+    assert architecture_of(gemma | {"sliding_window_pattern": 6, "query_pre_attn_scalar": 16}) == "gemma3"
+    assert rope_of(gemma)["rope_theta"] == 1e6
+    with pytest.raises(ModelError, match="layer_types otherwise than"):
+        architecture_of(gemma | {"sliding_window_pattern": 4})
 
 
 def test_words_without_an_embedding_are_left_out(tiny: Path, tmp_path: Path) -> None:
