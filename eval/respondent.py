@@ -87,9 +87,9 @@ class Respondent(HFLM):
 
 def _identity(tokenizer: Any) -> str:
     """Of what stands between the words of a question and what the model is asked."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return digest(words, json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer("a").input_ids]))
+    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer("a").input_ids]
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # which the line above has rid of an earlier call's padding
+    return digest(backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True), json.dumps(ids))
 
 
 def _is_drawn(arguments: Sequence[Any]) -> bool:

@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.checkpoint.gguf_config import HEADLESS, complete
 from compress.checkpoint.gguf_file import PLAIN, GGUFFile, TensorInfo, save
 from compress.checkpoint.gguf_metadata import architecture_of, metadata_of, rope_factors
 from compress.checkpoint.weights import QuantizedWeights
 from compress.core.ggml import TYPES, Blocks, BlockType, from_grid, type_for
 from compress.core.ggml_bytes import from_bytes, to_bytes
 from compress.core.ggml_search import blocks
-from compress.errors import ModelError, NumericalError
+from compress.errors import ModelError, NumericalError, naming
 from compress.models.store import Weights
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 INSIDE = {
     "self_attn.q_proj": "attn_q",
@@ -85,8 +87,7 @@ def export(
     `made`: what a matrix is in its type, where that has been found already; its rows as transformers has them.
     Raises ModelError where llama.cpp has no such architecture or tokenizer.
     """
-    config = weights.folder.config
-    architecture = architecture_of(config)
+    architecture, config = architecture_of(weights.folder.config), complete(weights.folder.config)
     names = {name: stored_name(name, architecture) for name in _names(weights)}
     infos: list[TensorInfo] = []
     plans: list[Callable[[], Tensor]] = []
@@ -95,16 +96,17 @@ def export(
     for name, stored in names.items():
         layer, shape = name.removesuffix(".weight"), weights.shape(name)
         found = _type_of(stored, shape, kind)
+        heads = _heads_of(config, name) if _turned(name, architecture) else None
         if found is None:
             own = kind if kind in PLAIN else _dtype(weights, name)
             plain = own if own in PLAIN and len(shape) > 1 else "F32"
             infos.append(TensorInfo(stored, shape, plain))
-            plans.append(partial(_plain, weights, name, architecture, plain))
+            plans.append(partial(_plain, weights, name, architecture, plain, heads))
             continue
         counts["exact" if held(weights, layer, found) else "requantized"] += 1
         kinds[found.name] = kinds.get(found.name, 0) + 1
         infos.append(TensorInfo(stored, shape, found.name))
-        plans.append(partial(_blocks, weights, name, architecture, found, made))
+        plans.append(partial(_blocks, weights, name, found, made, heads))
     if factors := rope_factors(config):
         infos.append(TensorInfo("rope_freqs.weight", (len(factors),), "F32"))
         plans.append(partial(torch.tensor, factors))
@@ -148,7 +150,7 @@ def stored_name(name: str, architecture: str) -> str:
     inside = parts[:2] == ["model", "layers"]
     table = INSIDE | _norms(architecture) if inside else OUTSIDE
     key = ".".join(parts[3:]) if inside else module
-    if key not in table:
+    if key not in table or (key == "lm_head" and architecture in HEADLESS.split()):
         raise ModelError(f"{name}: llama.cpp's {architecture} has no such tensor, so this model cannot be a GGUF file")
     return f"blk.{parts[2]}.{table[key]}.{leaf}" if inside else f"{table[key]}.{leaf}"
 
@@ -170,32 +172,32 @@ def _norms(architecture: str) -> dict[str, str]:
 
 def _names(weights: Weights) -> list[str]:
     """Every tensor of the model, a quantized layer's by the name its weight would have."""
-    if not isinstance(weights, QuantizedWeights):
-        return list(weights.tensors)
-    names = []
+    quantized = weights.schemes if isinstance(weights, QuantizedWeights) else {}
+    names: dict[str, None] = {}
     for name in weights.tensors:
         layer, _, leaf = name.rpartition(".")
-        full = f"{layer}.weight" if layer in weights.schemes and leaf != "bias" else name
-        if full not in names:
-            names.append(full)
-    return names
+        names[f"{layer}.weight" if layer in quantized and leaf != "bias" else name] = None
+    return [name for name in names if name != HEAD or not _is_embedding(weights)]
+
+
+def _is_embedding(weights: Weights) -> bool:
+    """Whether the head, which is stored, is the embedding: what llama.cpp takes where a file has none."""
+    tied = complete(weights.folder.config)["tie_word_embeddings"]
+    return tied and torch.equal(weights.read(HEAD).float(), weights.read(EMBEDDING).float())
 
 
 def _dtype(weights: Weights, name: str) -> str:
+    """What a tensor is stored as; a quantized layer's weight, which is not stored, has values of about F16's precision:
+    codes of few bits times a scale."""
     header = weights.tensors.get(name)
     return header.dtype if header else "F16"
 
 
-def _value(weights: Weights, name: str, architecture: str) -> Tensor:
-    """A tensor in float32, as llama.cpp wants its rows and its norms."""
+def _plain(weights: Weights, name: str, architecture: str, kind: str, heads: int | None) -> Tensor:
+    """A tensor as llama.cpp wants its rows and its norms. `heads`: of rows that are turned."""
     value = weights.read(name).float()
-    if _turned(name, architecture):
-        value = _pairs(value, _heads_of(weights.folder.config, name))
-    return value + 1 if _shifted(name, architecture) else value
-
-
-def _plain(weights: Weights, name: str, architecture: str, kind: str) -> Tensor:
-    value = _value(weights, name, architecture)
+    value = _pairs(value, heads) if heads else value
+    value = value + 1 if _shifted(name, architecture) else value
     stored = value.to(PLAIN[kind][1])
     if lost := int((value.isfinite() & ~stored.isfinite()).sum()):
         largest = value.abs().max().item()
@@ -224,13 +226,11 @@ def held(weights: Weights, layer: str, kind: BlockType) -> Blocks | None:
     return codes if codes and codes.kind == kind else None
 
 
-def _blocks(weights: Weights, name: str, architecture: str, kind: BlockType, made: Made) -> Tensor:
+def _blocks(weights: Weights, name: str, kind: BlockType, made: Made, heads: int | None) -> Tensor:
     layer = name.removesuffix(".weight")
-    found = held(weights, layer, kind) or made(layer, kind) or blocks(weights.read(name).float(), kind)
-    if _turned(name, architecture):
-        heads = _heads_of(weights.folder.config, name)
-        found = found.by_rows(lambda rows: _pairs(rows, heads))
-    return to_bytes(found)
+    with naming(name):
+        found = held(weights, layer, kind) or made(layer, kind) or blocks(weights.read(name).float(), kind)
+    return to_bytes(found.by_rows(lambda rows: _pairs(rows, heads)) if heads else found)
 
 
 def _turned(name: str, architecture: str) -> bool:
@@ -253,8 +253,7 @@ def _halves(rows: Tensor, heads: int) -> Tensor:
 
 
 def _heads_of(config: Mapping[str, Any], name: str) -> int:
-    heads = config["num_attention_heads"]
-    return heads if ".q_proj" in name else config.get("num_key_value_heads") or heads
+    return config["num_attention_heads" if ".q_proj" in name else "num_key_value_heads"]
 
 
 def _heads(metadata: Mapping[str, Any], name: str) -> Any:

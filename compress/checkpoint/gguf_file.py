@@ -76,18 +76,21 @@ def save(path: Path, metadata: Mapping[str, Any], infos: Sequence[TensorInfo], t
     """
     temporary = path.with_name(f"{path.name}.tmp")
     with writing(path):
-        with temporary.open("wb") as stream:
-            stream.write(_head(metadata, infos))
-            _pad(stream)
-            for info, tensor in zip(infos, tensors, strict=True):
-                held = tensor.detach().cpu().contiguous().view(torch.uint8).flatten()
-                if held.numel() != info.nbytes:
-                    raise ValueError(f"{info.name}: has {held.numel()} bytes, expected {info.nbytes}")
-                stream.write(held.numpy().data)
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(_head(metadata, infos))
                 _pad(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+                for info, tensor in zip(infos, tensors, strict=True):
+                    held = tensor.detach().cpu().contiguous().view(torch.uint8).flatten()
+                    if held.numel() != info.nbytes:
+                        raise ValueError(f"{info.name}: has {held.numel()} bytes, expected {info.nbytes}")
+                    stream.write(held.numpy().data)
+                    _pad(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _pad(stream: BinaryIO) -> None:

@@ -12,19 +12,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from compress.checkpoint.gguf_config import ARCHITECTURES, complete, otherwise
 from compress.checkpoint.gguf_limits import rope_of, unlike
 from compress.errors import ModelError
 
-ARCHITECTURES = {
-    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-    "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3",
-}  # fmt: skip
-"""transformers' model type → llama.cpp's architecture."""
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
     "BF16": 32,
 }  # fmt: skip
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens."""
 PRE_TOKENIZERS = {
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|": "llama-bpe",
@@ -39,16 +35,18 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     if found is None:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(f"model_type {config.get('model_type')!r} cannot be written as GGUF; {known} can")
-    if told := [*unlike(config, found)]:
+    full = complete(config)
+    if told := [*otherwise(full, found), *unlike(full, found)]:
         raise ModelError(
-            f"llama.cpp's {found} is not this model, so it cannot be a GGUF file. It has {'; '.join(told)}"
+            f"llama.cpp's {found} is not this model, so it cannot be a GGUF file. It has {'; '.join(told)}. "
+            "Keep the folder, or convert to onnx, which holds the operations themselves"
         )
     return found
 
 
 def metadata_of(config: Mapping[str, Any], tokenizer: Any, kind: str, name: str) -> dict[str, Any]:
     """Every entry of the file's head. Raises ModelError for a tokenizer that llama.cpp has no kind for."""
-    own = architecture_of(config)
+    own, config = architecture_of(config), complete(config)
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = rope_of(config)
@@ -62,10 +60,10 @@ def metadata_of(config: Mapping[str, Any], tokenizer: Any, kind: str, name: str)
         f"{own}.block_count": config["num_hidden_layers"],
         f"{own}.feed_forward_length": config["intermediate_size"],
         f"{own}.attention.head_count": heads,
-        f"{own}.attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        f"{own}.attention.head_count_kv": config["num_key_value_heads"],
         f"{own}.attention.key_length": head_dim,
         f"{own}.attention.value_length": head_dim,
-        f"{own}.attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+        f"{own}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         f"{own}.rope.dimension_count": head_dim,
         f"{own}.rope.freq_base": float(rope["rope_theta"]),
         f"{own}.vocab_size": config["vocab_size"],
@@ -111,9 +109,14 @@ def _tokenizer(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     }
     size = config["vocab_size"]  # words that the tokenizer has beyond it have no embedding
     tokens = [texts.get(index, f"[PAD{index}]") for index in range(size)]
+    words = {*tokens}
     unknown = model.get("unk_token")
-    kinds = [_kind(index, text, added, unknown, bool(model.get("byte_fallback"))) for index, text in enumerate(tokens)]
+    kinds = [
+        _kind(index, text, added, unknown, bool(model.get("byte_fallback"))) if index in texts else UNUSED
+        for index, text in enumerate(tokens)
+    ]
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    merges = [pair for pair in merges if pair.replace(" ", "", 1) in words]
     entries: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     if model.get("byte_fallback"):
         ranks = {pair.replace(" ", ""): rank for rank, pair in reversed([*enumerate(merges)])}
@@ -132,7 +135,8 @@ def _tokenizer(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         index = getattr(tokenizer, f"{role}_token_id", None)
         if index is not None and index < size:
             entries[f"tokenizer.ggml.{key}_token_id"] = index
-    entries["tokenizer.ggml.add_bos_token"] = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    first = entries.get("tokenizer.ggml.bos_token_id")
+    entries["tokenizer.ggml.add_bos_token"] = first is not None and tokenizer("a").input_ids[:1] == [first]
     if template := getattr(tokenizer, "chat_template", None):
         entries["tokenizer.chat_template"] = template
     return entries

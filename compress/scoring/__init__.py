@@ -6,6 +6,7 @@ write, one after the other is in memory. What was measured before is not measure
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -110,11 +111,13 @@ def _shared(folders: Sequence[Path], tokenizer: Any) -> int:
     Raises RequestError where they do not.
     """
     vocabularies = {str(folder): vocabulary_of(folder) for folder in folders}
-    width = next(iter(vocabularies.values())).width
-    told = problems(vocabularies | {"the tokenizer": Vocabulary(width, words_of(tokenizer))})
-    if told:
+    if told := problems(vocabularies):
         raise RequestError(told)
-    return width
+    name, first = next(iter(vocabularies.items()))
+    asking, place = Vocabulary(first.width, words_of(tokenizer)), tokenizer.name_or_path
+    if asking.unlike(place, first, name):  # which only that beside a GGUF file can be
+        raise RequestError(f"{place}: the tokenizer there is not that of {name}. Put the model's own in its place")
+    return first.width
 
 
 def _streamed(
@@ -130,6 +133,7 @@ def _streamed(
     def tell(name: str, done: int, total: int) -> None:
         _say(progress, "score", done / total, f"{name}: {done} of {total} windows")
 
+    _let_go()
     with ExitStack() as stack, _sentences():
         models = [stack.enter_context(opened(folder, device)) for folder in folders]
         scored = score_texts(
@@ -169,6 +173,7 @@ def _resident(
         _say(progress, "write", 0.0, folder.name)
         return model.write(prompt, asked.new_tokens)
 
+    _let_go()
     model = resident(folder)
     with _sentences():
         if asked.tasks:
@@ -183,9 +188,13 @@ def _resident(
             )
         if asked.prompts:
             texts = written(write, asked.prompts, asked.new_tokens, kept.journal("continuations", folder))
-    del model
-    give_back()
     return answers, texts
+
+
+def _let_go() -> None:
+    """Models that were scored leave memory before the next one enters it: some refer to themselves, as lm-eval does."""
+    gc.collect()
+    give_back()
 
 
 def _say(progress: Progress | None, phase: str, done: float, words: str) -> None:

@@ -114,4 +114,4 @@ def _reason(error: Exception) -> str:
     """The sentence of an error of ours, the first line of another's."""
     if isinstance(error, NetsukeError):
         return str(error)
-    return f"{type(error).__name__}: {first_line(error)}"
+    return ": ".join(dict.fromkeys((type(error).__name__, first_line(error))))

@@ -7,6 +7,7 @@ needs the package gguf for it and does not know all that llama.cpp does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +77,7 @@ def file_tokenizer(file: Path, baseline: Path | None) -> Any:
 
 
 class ResidentFile:
-    """A file in memory, which is asked as a transformers model is."""
+    """A file that is asked as a transformers model is. It is in memory from the first question on."""
 
     device = torch.device("cpu")
     new_cache = None
@@ -86,8 +87,12 @@ class ResidentFile:
     def __init__(self, file: Path) -> None:
         from transformers import PreTrainedConfig
 
-        self.model = llama_cpp(file)
-        self.config = PreTrainedConfig(vocab_size=self.model.vocabulary, max_position_embeddings=self.model.context)
+        self.file = file
+        self.config = PreTrainedConfig(max_position_embeddings=context_of_file(file))
+
+    @cached_property
+    def model(self) -> Any:
+        return llama_cpp(self.file)
 
     def __call__(self, input_ids: Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=self.model(input_ids))

@@ -24,7 +24,7 @@ from compress.checkpoint.weights import open_model
 from compress.errors import ModelError, eval_package, first_line
 from compress.models.headers import read_json
 from compress.models.store import LazyModel, load_tokenizer, read_config
-from compress.scoring.gguf import ResidentFile, context_of_file, file_tokenizer, is_gguf, llama_cpp
+from compress.scoring.gguf import ResidentFile, context_of_file, file_tokenizer, is_gguf
 
 
 def is_streamed(quantization: Mapping[str, Any]) -> bool:
@@ -54,7 +54,8 @@ def opened(folder: Path, device: str = "cpu") -> Iterator[Callable[[Tensor], Ten
     Where its keys and values are to be quantized, those of the first token are a prompt, and all others read the cache.
     """
     if is_gguf(folder):
-        yield llama_cpp(folder)
+        file = ResidentFile(folder)
+        yield lambda tokens: file(tokens).logits
         return
     config = read_json(folder / "config.json")
     scheme = scheme_of(config)

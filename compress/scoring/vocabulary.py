@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress.errors import ModelError
 from compress.models.store import load_tokenizer, read_config
 from compress.scoring.gguf import head, is_gguf
 
@@ -39,7 +40,9 @@ class Vocabulary:
 def vocabulary_of(model: Path) -> Vocabulary:
     """That of a folder or a GGUF file. Raises ModelError where it cannot be read."""
     if is_gguf(model):
-        words = head(model).metadata.get("tokenizer.ggml.tokens") or []
+        words = head(model).metadata.get("tokenizer.ggml.tokens")
+        if not words or not isinstance(words, list):
+            raise ModelError(f"{model}: does not say which words its tokens are. Convert the model anew")
         return Vocabulary(len(words), dict(enumerate(words)), nearly=True)
     return Vocabulary(read_config(model).get_text_config().vocab_size, words_of(load_tokenizer(model)))
 

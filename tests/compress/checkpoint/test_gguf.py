@@ -8,14 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import compress
 from compress.checkpoint.gguf import export, kind_named, load
 from compress.checkpoint.gguf_file import LAYOUTS, GGUFFile, TensorInfo, save
 from compress.checkpoint.gguf_metadata import metadata_of, rope_factors
 from compress.checkpoint.weights import open_weights
-from compress.errors import ModelError
+from compress.errors import ModelError, NumericalError
 from compress.models.store import load_tokenizer
 from compress.quantize.rtn import RTN
 from compress.recipe import CheckpointOptions, Evaluation, Recipe
@@ -71,6 +86,52 @@ def test_other_families_come_back_as_they_were(make: Any, config: Any, tiny: Pat
     assert set(back) == set(weights.tensors)
     for name, value in back.items():
         torch.testing.assert_close(value, weights.read(name).float(), rtol=0, atol=1e-7 if "norm" in name else 0)
+
+
+@pytest.mark.parametrize("added", [0.0, 1.0], ids=["same", "other"])
+def test_a_stored_head_of_gemma_is_left_out_where_it_is_the_embedding(added: float, tiny: Path, tmp_path: Path) -> None:
+    GemmaForCausalLM(GemmaConfig(**SIZES, pad_token_id=0)).save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + added
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    weights, output = open_weights(tmp_path / "model"), tmp_path / "model.gguf"
+    if added:
+        with pytest.raises(ModelError, match=r"lm_head\.weight: llama\.cpp's gemma has no such tensor"):
+            export(weights, "F32", load_tokenizer(tiny), output)
+    else:
+        export(weights, "F32", load_tokenizer(tiny), output)
+        assert set(load(output)) == set(tensors) - {"lm_head.weight"}
+
+
+def test_a_weight_that_a_type_does_not_hold_is_named_and_nothing_is_left(tiny: Path, tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][2, 3] = 1e7
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        NumericalError, match=r"^model\.layers\.1\.self_attn\.q_proj\.weight: weights up to 1e\+07 have"
+    ):
+        export(open_weights(tmp_path / "model"), "Q4_0", load_tokenizer(tiny), tmp_path / "model.gguf")
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+def test_merges_and_special_words_without_an_embedding_are_left_out() -> None:
+    """And rows that no word belongs to are filled."""
+    words = ["a", "b", "ab", "abb", "abab", "<s>"]
+    model = BPE({word: index for index, word in enumerate(words)}, [("a", "b"), ("ab", "b"), ("ab", "ab")])
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 5)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    config = SIZES | {"model_type": "llama", "vocab_size": 4}
+    few, many = (metadata_of(config | {"vocab_size": size}, tokenizer, "F32", "x") for size in (4, 8))
+    assert few["tokenizer.ggml.tokens"] == words[:4]
+    assert few["tokenizer.ggml.merges"] == ["a b", "ab b"]
+    assert (few["tokenizer.ggml.add_bos_token"], many["tokenizer.ggml.add_bos_token"]) == (False, True)
+    assert "tokenizer.ggml.bos_token_id" not in few
+    assert many["tokenizer.ggml.bos_token_id"] == 5
+    assert many["tokenizer.ggml.tokens"][6:] == ["[PAD6]", "[PAD7]"]
+    assert many["tokenizer.ggml.token_type"] == [1, 1, 1, 1, 1, 3, 5, 5]
 
 
 def test_the_head_says_what_llama_cpp_asks_for(packed: Path, tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 NARROW = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
+NESTED = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama, untied, wide heads, biases": (
@@ -37,11 +41,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
     "linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "qwen2": ("Qwen2Config", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "qwen3, untied, wide heads": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": False}),
     "gemma": ("GemmaConfig", {"head_dim": 16}),
     "gemma2": ("Gemma2Config", NARROW),
     "gemma3": ("Gemma3TextConfig", NARROW | {"num_hidden_layers": 7}),
+    "gemma3, linear, untied": (
+        "Gemma3TextConfig",
+        NARROW | {"num_hidden_layers": 7, "rope_parameters": NESTED, "tie_word_embeddings": False},
+    ),
+    "gemma2 of the largest kind": (
+        "Gemma2Config",
+        NARROW | {"num_hidden_layers": 46, "head_dim": 32, "initializer_range": 0.05},
+    ),
 }
 
 

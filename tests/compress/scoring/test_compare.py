@@ -16,7 +16,7 @@ from compress.cli import main
 from compress.errors import RequestError
 from compress.pipeline.convert import convert
 from compress.recipe import parse
-from compress.scoring.compare import compare
+from compress.scoring.compare import _reason, compare
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,11 @@ def test_who_fails_on_the_way_says_why_and_costs_nobody_else(
     assert told.err.count("error: ") == 1
     assert f"error: {broken}: " in told.err
     assert "was not scored" in page.read_text(encoding="utf-8")
+
+
+def test_another_programs_error_is_told_by_its_kind_and_first_line() -> None:
+    assert _reason(RuntimeError("out of memory\nat …")) == "RuntimeError: out of memory"
+    assert _reason(MemoryError()) == "MemoryError"
 
 
 def test_the_terminal_shows_the_smallest_model_first(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from compress.scoring.compare import compare
 from compress.scoring.gguf import ResidentFile, context_of_file, file_tokenizer, place_of
 from compress.scoring.opened import Resident, resident
 from compress.scoring.vocabulary import vocabulary_of
+from eval.evaluate import default_context
+from eval.tasks import load_tasks, run_tasks
 from eval.texts import prepended_bos, tokenize
 
 pytest.importorskip("cyllama", reason="llama.cpp is not installed (pip install cyllama)")
@@ -104,10 +106,43 @@ def test_files_are_opened_once_for_what_is_computed(
         names.append(str(tmp_path / f"{name}.gguf"))
     opened = []
     llama_cpp = gguf.llama_cpp
-    for module in (gguf, sys.modules[resident.__module__]):
-        monkeypatch.setattr(module, "llama_cpp", lambda file: opened.append(file) or llama_cpp(file))
+    monkeypatch.setattr(gguf, "llama_cpp", lambda file: opened.append(str(file)) or llama_cpp(file))
     compare(names, texts=[text], limit=1)
-    assert [str(each) for each in opened] == names
+    assert opened == names
+    opened.clear()
+    for _ in range(2):
+        compare(names, texts=[text], limit=1, cache=tmp_path / "cache")
+    assert opened == names[:1], "copies are one model, and nothing is opened for what was measured before"
+
+
+def test_it_is_opened_when_something_is_first_asked(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "llama_cpp", lambda file: pytest.fail(f"{file} was opened"))
+    assert default_context(ResidentFile(file).config) == 64
+
+
+def test_stop_strings_of_a_task_end_what_it_writes(assets: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install netsuke[tasks]")
+    folder, questions = assets / "models/stories260k", tmp_path / "questions.jsonl"
+    written: list[list[int]] = []
+    convert(folder, "gguf-f32", tmp_path / "model.gguf")
+    questions.write_text('{"text": "Once upon a time, there"}\n{"text": "Lily wanted to"}\n')
+    task = {
+        "task": "written", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(questions)}},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "x",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 64}, "metric_list": [{"metric": "exact_match"}],
+    }  # fmt: skip
+    model = ResidentFile(tmp_path / "model.gguf")
+    write = model.model.write
+
+    def counted(*arguments: Any) -> list[int]:
+        written.append(write(*arguments))
+        return written[-1]
+
+    model.model.write = counted
+    tokenizer = load_tokenizer(folder)
+    run_tasks(model, tokenizer, load_tasks([task]))
+    assert len(written) == 2
+    assert all(tokenizer.decode(text).index(".") == len(tokenizer.decode(text)) - 1 for text in written)
 
 
 def test_answers_that_are_drawn_are_refused(file: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import yaml
 
 from compress.cli import main
 from compress.scoring import score
+from compress.scoring.opened import resident
 
 Eval = Callable[..., dict[str, Any]]
 
@@ -171,6 +175,28 @@ def test_a_checkpoint_that_quantizes_its_cache_answers_with_it(
     assert [one[key][0] for key in one] == pytest.approx([other[key][0] for key in one], rel=0.05)
 
 
+def test_a_model_has_left_memory_before_the_next_enters_it(
+    small: Path, tiny: Path, pairs: Path, evaluated: Eval, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring = sys.modules[score.__module__]
+    entered: list[weakref.ref[Any]] = []
+    in_memory: list[int] = []
+
+    def enter(folder: Path) -> Any:
+        in_memory.append(sum(model() is not None for model in entered))
+        model = resident(folder)
+        entered.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(scoring, "resident", enter)
+    gc.disable()
+    try:
+        evaluated(small, "--baseline", tiny, "--tasks", pairs)
+    finally:
+        gc.enable()
+    assert in_memory == [0, 0]
+
+
 def test_what_both_write_is_set_side_by_side(small: Path, tiny: Path, text: Path, evaluated: Eval) -> None:
     found = evaluated(small, "--baseline", tiny, "--text", text, "--limit", 3, "--generate", 8)["generation"]
     assert (found["prompts"], found["new_tokens"], len(found["samples"])) == (3, 8, 3)
@@ -245,7 +271,7 @@ def test_a_gguf_file_is_not_asked_with_another_models_tokenizer(
     other = other_tokenizer(tiny, tmp_path / "other")
     assert main(["convert", str(tiny), "--to", "gguf-f32", "--output", str(other / "model.gguf")]) == 0
     assert main(["eval", str(other / "model.gguf"), "--text", str(text), "--limit", "1", "--no-cache"]) == 2
-    assert "the tokenizer: its tokenizer is not that of" in capsys.readouterr().err
+    assert f"{other}: the tokenizer there is not that of {other}/model.gguf" in capsys.readouterr().err
 
 
 def test_answers_to_another_tokenizer_are_not_those_that_were_measured(
