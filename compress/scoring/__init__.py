@@ -21,7 +21,7 @@ from compress.scoring.asked import Asked, read_asked
 from compress.scoring.cache import ScoreCache
 from compress.scoring.gguf import place_of
 from compress.scoring.opened import context_of, opened, resident, tokenizer_of
-from compress.scoring.vocabulary import Vocabulary, problems, vocabulary_of, words_of
+from compress.scoring.vocabulary import Vocabulary, problems, vocabulary_of, width_of, words_of
 
 Progress = Callable[[str, float, str], None]
 """Called with the phase, the share of the whole that is done (0…1), and a few words."""
@@ -143,7 +143,7 @@ def _streamed(
             baseline=models[1] if len(models) > 1 else None,
             context=asked.context,
             limit=asked.limit,
-            batch_size=default_batch_size(asked.context, vocabulary_of(folders[0]).width),
+            batch_size=default_batch_size(asked.context, width_of(folders[0])),
             journal=kept.journal("windows", *folders) if asked.streams else None,
             progress=tell,
         )

@@ -40,15 +40,25 @@ class Vocabulary:
 def vocabulary_of(model: Path) -> Vocabulary:
     """That of a folder or a GGUF file. Raises ModelError where it cannot be read."""
     if is_gguf(model):
-        words = head(model).metadata.get("tokenizer.ggml.tokens")
-        if not words or not isinstance(words, list):
-            raise ModelError(f"{model}: does not say which words its tokens are. Convert the model anew")
+        words = _words_of_file(model)
         return Vocabulary(len(words), dict(enumerate(words)), nearly=True)
-    return Vocabulary(read_config(model).get_text_config().vocab_size, words_of(load_tokenizer(model)))
+    return Vocabulary(width_of(model), words_of(load_tokenizer(model)))
+
+
+def width_of(model: Path) -> int:
+    """Of the logits of a folder or a GGUF file, for which no tokenizer is needed."""
+    return len(_words_of_file(model)) if is_gguf(model) else read_config(model).get_text_config().vocab_size
 
 
 def words_of(tokenizer: Any) -> dict[int, str]:
     return {token: word for word, token in tokenizer.get_vocab().items()}
+
+
+def _words_of_file(file: Path) -> list[str]:
+    words = head(file).metadata.get("tokenizer.ggml.tokens")
+    if not words or not isinstance(words, list):
+        raise ModelError(f"{file}: does not say which words its tokens are. Convert the model anew")
+    return words
 
 
 def problems(models: Mapping[str, Vocabulary]) -> list[str]:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from compress.cli import main
-from compress.scoring import score
+from compress.models.store import load_tokenizer
+from compress.scoring import score, score_streams
 from compress.scoring.opened import resident
 
 Eval = Callable[..., dict[str, Any]]
@@ -144,6 +146,14 @@ def test_by_default_scores_are_kept_in_the_users_caches(
 
 def test_from_python_nothing_is_kept_unless_a_folder_is_named(tiny: Path, text: Path, caches: Path) -> None:
     assert score(str(tiny), texts=[text], limit=2)["cache"] is None
+
+
+def test_streams_of_tokens_need_no_tokenizer_beside_the_model(tiny: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny / name, tmp_path)
+    tokens = {"stream": torch.arange(2, 130)}
+    (found,) = score_streams(tmp_path, tiny, load_tokenizer(tiny), tokens, context=16, limit=None)
+    assert found["kl_divergence"] == 0
 
 
 def test_a_task_is_asked_of_both_models_and_compared_by_question(
